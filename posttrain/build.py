@@ -1,0 +1,397 @@
+"""RunConfig -> Run: instantiate the stages and start exactly the actors that the objective and the evaluation ask for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain import checkpoint
+from posttrain.canary import Canaries
+from posttrain.cluster import _samples
+from posttrain.config import ConfigError, RunConfig
+from posttrain.controller import Run
+from posttrain.data.load import load_data
+from posttrain.data.pack import Packer
+from posttrain.data.sampler import Sampler
+from posttrain.heldout import HeldOut, sentence
+from posttrain.folder import RunFolder
+from posttrain.mixture.gate import PassThrough
+from posttrain.records import Group, Sampling
+from posttrain.report.reporter import Reporter
+from posttrain.update import Learn
+from posttrain.watchdog import Timings
+
+
+@dataclass
+class Engines:
+    """The rollout stage with engines: draws prompts, samples, scores, and lets the strategy ask for more."""
+
+    pool: Any
+    reward: Any
+    sampler: Sampler
+    prompts: Sequence[Any]
+    strategy: Any
+    sampling: Sampling
+    prompts_per_step: int
+    steps: int
+
+    async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
+        from posttrain.rollout.strategy import collect
+
+        async def sample(prompts: Sequence[Any], n: int) -> list[Group]:
+            return await self.pool.sample(prompts, n, self.sampling, step)
+
+        async def score(groups: Sequence[Group]) -> list[Group]:
+            return await self.reward.score(groups, step, step / self.steps)
+
+        def draw(count: int) -> list[Any]:
+            return [self.prompts[i] for i in self.sampler.next(count)]
+
+        groups, report = await collect(self.strategy, draw, sample, score, self.prompts_per_step, step)
+        return list(groups), {**report, **self.reward.metrics}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        strategy = self.strategy.state_dict() if hasattr(self.strategy, "state_dict") else None
+        return {"sampler": self.sampler.state_dict(), "budget": self.reward.budget.state_dict(), "strategy": strategy}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self.reward.budget.load_state_dict(state["budget"])
+        if state["strategy"]:
+            self.strategy.load_state_dict(state["strategy"])
+
+
+@dataclass
+class DataSet:
+    """The rollout stage without engines: the records as they are."""
+
+    records: Sequence[Any]
+    sampler: Sampler
+    per_step: int
+
+    async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
+        return [self.records[i] for i in self.sampler.next(self.per_step)], {}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+
+
+@dataclass
+class GateStage:
+    """The gate with its stream of demonstrations."""
+
+    gate: Any
+    demos: Sequence[Any]
+    sampler: Sampler | None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict() if self.sampler else None}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if self.sampler and state["sampler"]:
+            self.sampler.load_state_dict(state["sampler"])
+
+    def __call__(self, items: Sequence[Any], step: int) -> list[Any]:
+        drawn = [self.demos[i] for i in self.sampler.next(self.gate.demos_per_step)] if self.sampler and self.gate.demos_per_step else []
+        return self.gate(items, drawn, step)
+
+
+@dataclass
+class Publish:
+    """New weights to the engines.  A run that does not sample publishes only what an evaluation will look at."""
+
+    learner: Any
+    pool: Any
+    every_step: bool
+    due: Any
+
+    async def __call__(self, version: int, last: bool = False) -> None:
+        if self.pool is not None and (self.every_step or last or self.due(version)):
+            refs, fingerprint = await self.learner.publish(version)
+            await self.pool.publish(version, refs, fingerprint)
+
+
+def prepare_model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:
+    """The config with ``model.path`` set to the weights this stage starts from, and the tokenizer.
+
+    In order: ``init_from``, the last stage's export, ``model.path``, a tiny model created in ``scratch``.
+    """
+    import dataclasses
+
+    from transformers import AutoTokenizer
+
+    path = config.init_from or start_from or config.model.path
+    if path is None:
+        from posttrain.testing.tiny import create_tiny_model
+
+        assert config.model.tiny is not None
+        if not (scratch / "config.json").exists():
+            create_tiny_model(scratch, **{"seed": config.seed, "dtype": config.model.dtype, **config.model.tiny})
+        path = str(scratch)
+    elif not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ConfigError(f"model.path={path}: there is no such folder")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:
+        raise ConfigError(f"model.path={path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
+    if config.model.chat_template:
+        tokenizer.chat_template = Path(config.model.chat_template).read_text()
+    return config, tokenizer
+
+
+def load_stage_data(config: RunConfig, tokenizer: Any) -> tuple[list[Any], Any, list[Any], list[Any]]:
+    """Training records and their report, evaluation prompts, demonstrations for mixtures."""
+    data = config.data
+
+    def load(kind: str, spec: Any, name: str) -> tuple[list[Any], Any]:
+        return load_data(
+            kind,
+            spec,
+            tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_length=data.max_length,
+            truncation=data.truncation,
+            loss_on=data.loss_on,
+            system=data.system,
+            prompt_template=data.prompt_template,
+            name=name,
+        )
+
+    records, report = load(data.kind, data.train, "data.train")
+    evaluation = load("prompts", data.eval, "data.eval")[0][: config.eval.limit] if data.eval is not None and _samples(config) else []
+    demos = load("demos", data.demos, "data.demos")[0] if data.demos is not None else []
+    return records, report, evaluation, demos
+
+
+def make_rewards(config: RunConfig) -> Any:
+    """The reward stage, or None when the recipe has no reward."""
+    from posttrain.reward.combine import Sum
+    from posttrain.reward.pool import RewardPool
+
+    reward = config.reward
+    if not reward.fn:
+        return None
+    return RewardPool(
+        reward.fn,
+        reward.combine or Sum(reward.weights),
+        timeout_s=reward.timeout_s,
+        max_concurrency=reward.max_concurrency,
+        error_budget=reward.error_budget,
+        budget_window=reward.budget_window,
+    )
+
+
+def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
+    """The engines, not started yet."""
+    from posttrain.rollout.engine import EngineConfig
+    from posttrain.rollout.pool import EnginePool
+
+    rollout, gpu = config.rollout, config.cluster.device == "cuda"
+    assert config.model.path is not None
+    longest = config.data.max_prompt_tokens + max(rollout.max_tokens, config.eval.max_tokens or 0)
+    engine = EngineConfig(
+        model=config.model.path,
+        dtype=rollout.dtype or config.model.dtype,
+        seed=config.seed,
+        device=config.cluster.device,
+        max_model_len=rollout.max_model_len or longest + 1,
+        max_num_seqs=rollout.max_num_seqs,
+        kv_cache_gb=rollout.kv_cache_gb,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        tensor_parallel=rollout.tensor_parallel,
+        trust_remote_code=config.model.trust_remote_code,
+        version=version,
+    )
+    return EnginePool(
+        engine,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        num_engines=rollout.num_engines,
+        run_seed=config.seed,
+        timeout_s=rollout.timeout_s,
+        start_timeout_s=config.cluster.start_timeout_s,
+        num_cpus=0.0,
+        num_gpus=config.cluster.gpus_per_engine if gpu else 0.0,
+    )
+
+
+def sampling_of(config: RunConfig, evaluation: bool = False) -> Sampling:
+    """How answers are drawn, in training or in evaluation."""
+    rollout = config.rollout
+    if evaluation:
+        tokens = config.eval.max_tokens or rollout.max_tokens
+        return Sampling(temperature=config.eval.temperature, max_tokens=tokens, stop=tuple(rollout.stop))
+    return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens, stop=tuple(rollout.stop))
+
+
+async def evaluate_once(config: RunConfig) -> str:
+    """Held-out accuracy of ``model.path``, as a sentence."""
+    import dataclasses
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config, tokenizer = prepare_model(config, Path(scratch) / "model", None)
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, at_end=True))
+        prompts = load_stage_data(config, tokenizer)[2]
+        pool, reward = make_pool(config, tokenizer), make_rewards(config)
+        try:
+            held_out = HeldOut(config.eval, pool, reward, prompts, sampling_of(config, evaluation=True), config.steps, print)
+            report = await held_out.measure()
+        finally:
+            pool.close()
+            reward.close()
+    lines = [f"accuracy {sentence(report)}"]
+    lines += [f"  level {level}: {sentence({'failed': 0, **part})}" for level, part in report["by_level"].items()]
+    return "\n".join(lines)
+
+
+def make_learner(config: RunConfig, total_steps: int, ray_options: dict[str, Any] | None = None) -> Any:
+    """The learner's ranks, not started yet."""
+    from posttrain.learner.actor import LearnerGroup
+
+    gpu = config.cluster.device == "cuda"
+    return LearnerGroup(
+        config.model,
+        config.learner,
+        config.loss,
+        total_steps=total_steps,
+        seed=config.seed,
+        num_gpus=config.cluster.gpus_per_learner if gpu else 0.0,
+        publish_dtype=config.rollout.dtype or config.model.dtype,
+        bucket_mb=config.sync.bucket_mb,
+    )
+
+
+async def export_from_checkpoint(config: RunConfig, path: Path, target: Path) -> Path:
+    """Write the Hugging Face folder of a checkpoint."""
+    learner = make_learner(config, config.steps)
+    try:
+        await learner.ready()
+        await learner.load(str(path / "learner"))
+        await learner.export(str(target))
+    finally:
+        learner.close()
+    return target
+
+
+@asynccontextmanager
+async def open_stage(
+    config: RunConfig, name: str, folder: RunFolder, console: Any, *, start_from: str | None, resume: bool, last: bool
+) -> AsyncIterator[Run]:
+    """Everything a stage needs, started; closed again whatever happens.
+
+    With ``resume`` the newest whole checkpoint of the stage is loaded, and torn ones are reported.
+    """
+    timings = Timings()
+    with timings.phase("start"):
+        config, tokenizer = prepare_model(config, folder.root / "model", start_from)
+        records, report, evaluation, demos = load_stage_data(config, tokenizer)
+        console.message(str(report))
+        checkpoints = folder.of("checkpoints", name)
+        found = checkpoint.newest(checkpoints, console.message) if resume else None
+        start = found[0] if found else 0
+        sampler = Sampler(records, config.seed, config.data.shuffle)
+        sizes = len(records)
+        if config.rollout.kind == "replay" and sizes < config.rollout.prompts_per_step:
+            console.message(f"data.train holds {sizes} records, fewer than rollout.prompts_per_step={config.rollout.prompts_per_step}: each is seen more than once per step")
+        gate = GateStage(config.mixture.gate or PassThrough(), demos, Sampler(demos, config.seed, name="demos") if demos else None)
+        if gate.gate.demos_per_step and not demos:
+            raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
+    rewards = make_rewards(config)
+    pool = make_pool(config, tokenizer, version=0) if _samples(config) else None
+    learner = make_learner(config, config.steps * config.learner.updates_per_batch)
+    closing = [learner.close] + ([pool.close] if pool else []) + ([rewards.close] if rewards else [])
+    try:
+        with timings.phase("start"):
+            console.message(f"starting {'the engines and ' if pool else ''}the learner from {config.model.path}")
+            await learner.ready()
+            if found:
+                await learner.load(str(found[1] / "learner"))
+            if pool:
+                await pool.ready()
+        rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
+        if config.rollout.kind == "vllm":
+            from posttrain.rollout.strategy import Fixed
+
+            strategy = (config.rollout.strategy or Fixed()).bound(config.rollout.n)
+            rollout = Engines(pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps)
+        held_out = HeldOut(config.eval, pool, rewards, evaluation, sampling_of(config, evaluation=True), config.steps, console.message)
+        publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
+        learn = Learn(config.loss, Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch), learner, config.seed)
+        canaries = Canaries(config.check, learner, console.message, patience=2 if config.model.lora else 1)
+        reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
+        if found:
+            remembered = checkpoint.read_controller(found[1])
+            rollout.load(remembered["rollout"])
+            gate.load(remembered["gate"])
+            canaries.moved = True
+            if pool:
+                refs, fingerprint = await learner.publish(start)
+                await pool.publish(start, refs, fingerprint)
+            console.message(f"stage {name} goes on after step {start} of {config.steps}, from {found[1]}")
+        run = Run(
+            name=name,
+            steps=config.steps,
+            start=start,
+            rollout=rollout,
+            advantage=config.advantage if config.rollout.kind == "vllm" else _as_is,
+            gate=gate,
+            learner=learn,
+            publish=publish,
+            canaries=canaries,
+            checkpoint=checkpoint.Checkpointer(
+                checkpoints,
+                learner,
+                lambda: {"gate": gate.state, "rewards": rewards.budget.state_dict() if rewards else None},
+                config.checkpoint.every,
+                config.checkpoint.keep,
+                config.steps,
+                {"stage": name, "model_path": config.model.path, "steps": config.steps},
+            ),
+            evaluate=held_out,
+            report=reporter,
+            timings=timings,
+            max_staleness=config.rollout.max_staleness,
+        )
+        run.finish = Finish(config, learner, folder.of("export", name), held_out, reporter, timings)
+        with reporter:
+            yield run
+    finally:
+        for close in closing:
+            with contextlib.suppress(Exception):
+                close()
+
+
+def _as_is(items: list[Any]) -> list[Any]:
+    return items
+
+
+@dataclass
+class Finish:
+    """What happens after the last step: export, and the stage's result."""
+
+    config: RunConfig
+    learner: Any
+    target: Path
+    held_out: HeldOut
+    reporter: Any
+    timings: Timings
+
+    async def __call__(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"steps": self.config.steps, "evaluation": self.held_out.results, "metrics": self.reporter.last}
+        if self.config.checkpoint.export:
+            with self.timings.phase("export"):
+                await self.learner.export(str(self.target))
+            result["export"] = str(self.target)
+        return result | {"timings": self.timings.seconds()}

@@ -1,0 +1,68 @@
+"""Ray: start it or join it, and leave nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from posttrain.config import ClusterConfig, ConfigError, RunConfig
+
+
+def demand(stages: dict[str, RunConfig]) -> float:
+    """GPUs the hungriest stage asks for."""
+    most = 0.0
+    for config in stages.values():
+        if config.cluster.device == "cuda":
+            engines = config.rollout.num_engines if _samples(config) else 0
+            shares = config.cluster.gpus_per_engine * config.rollout.tensor_parallel
+            most = max(most, config.learner.world_size * config.cluster.gpus_per_learner + engines * shares)
+    return most
+
+
+def _samples(config: RunConfig) -> bool:
+    return config.rollout.kind == "vllm" or config.eval.at_start or config.eval.at_end or bool(config.eval.every)
+
+
+@contextmanager
+def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
+    """A Ray session for the length of a run.  A cluster this process started ends with it, also when the process is killed.
+
+    Raises :class:`ConfigError` when GPUs are asked for and there are not enough.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(int(config.start_timeout_s)))  # a busy machine is slow, not dead
+    os.environ.setdefault("RAY_agent_register_timeout_ms", str(int(1000 * config.start_timeout_s)))
+    import ray
+
+    joined = config.address is not None
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": bool(os.environ.get("POSTTRAIN_ACTOR_LOGS")), "configure_logging": True}
+    if joined:
+        options["address"] = config.address
+    else:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": config.num_cpus or max(os.cpu_count() or 1, 2),
+            "object_store_memory": int(config.object_store_gb * 2**30),
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ConfigError(f"cluster.address={config.address}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave the address out") from error
+    try:
+        available = float(ray.cluster_resources().get("GPU", 0.0))
+        if gpus_wanted > available:
+            raise ConfigError(
+                f"cluster.device=cuda: the run asks for {gpus_wanted:g} GPUs and Ray sees {available:g}; use cluster=cpu, fewer engines or ranks "
+                f"(rollout.num_engines, learner.world_size), or smaller shares (cluster.gpus_per_learner, cluster.gpus_per_engine)"
+            )
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,375 @@
+"""The typed settings of a run, and the checks that need to see several of them at once.
+
+A recipe is composed elsewhere (``cli.py``); here it arrives as plain mappings with terms already built, becomes dataclasses, and every
+message says which key to change.  ``from_mapping`` refuses unknown keys and wrong types, so a typing mistake never trains silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work.  The message names the key and the change that mends it."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: rank ``r``, scale ``alpha / r``, ``targets`` as peft names them."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+@dataclass
+class ModelConfig:
+    """``path``: a Hugging Face folder or id.  ``init=random`` keeps the architecture and draws new weights.  ``tiny`` describes a model that
+    is created on the spot (architecture and alphabet), used when ``path`` is null."""
+
+    path: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: str = "auto"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    chat_template: str | None = None
+    tiny: dict[str, Any] | None = None
+
+
+@dataclass
+class DataConfig:
+    """What is learnt from and what is held out.
+
+    ``kind``: ``prompts`` (answers are sampled), ``demos`` or ``pairs``.  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
+    (``path``, ``split``, ``columns``, ``limit``, ...) or an object with ``rows()``; ``demos`` feeds mixtures.
+    """
+
+    kind: Literal["prompts", "demos", "pairs"] = "prompts"
+    train: Any = None
+    eval: Any = None
+    demos: Any = None
+    max_prompt_tokens: int = 1024
+    max_length: int = 4096
+    truncation: Literal["error", "drop", "end"] = "error"
+    loss_on: Literal["assistant", "last_turn", "completion"] = "assistant"
+    system: str | None = None
+    prompt_template: str | None = None
+    shuffle: bool = True
+
+
+@dataclass
+class RolloutConfig:
+    """How answers are sampled.  ``kind=replay`` takes the data set as it is; ``vllm`` samples ``n`` answers to each of ``prompts_per_step``
+    prompts.  ``dtype`` null means the model's.  ``kv_cache_gb`` is the CPU engine's cache; ``gpu_memory_utilization`` the GPU engine's."""
+
+    kind: Literal["vllm", "replay"] = "vllm"
+    num_engines: int = 1
+    prompts_per_step: int = 32
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    dtype: Literal["float32", "bfloat16"] | None = None
+    kv_cache_gb: float = 1.0
+    gpu_memory_utilization: float = 0.5
+    enforce_eager: bool = True
+    tensor_parallel: int = 1
+    max_staleness: int = 0
+    strategy: Any = None
+    timeout_s: float = 1800.0
+
+
+@dataclass
+class RewardConfig:
+    """``fn``: name -> function or object; ``weights``: name -> number or schedule (absent means 1); ``combine``: an object, default the
+    weighted sum.  A run stops when more than ``error_budget`` of the verdicts failed over ``budget_window`` steps."""
+
+    fn: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    combine: Any = None
+    timeout_s: float = 30.0
+    max_concurrency: int = 32
+    error_budget: float = 0.01
+    budget_window: int = 50
+
+
+@dataclass
+class MixtureConfig:
+    """``gate``: which data a step uses; null keeps the rollouts and adds nothing."""
+
+    gate: Any = None
+
+
+@dataclass
+class LearnerConfig:
+    """The optimizer and how the batch is cut.  ``updates_per_batch`` optimizer steps are taken on each batch of experience;
+    ``micro_batch_tokens`` bounds a packed row.  ``threads`` null shares the machine's cores among the ranks."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    world_size: int = 1
+    lr: float = 1e-6
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    updates_per_batch: int = 1
+    micro_batch_tokens: int = 8192
+    head_chunk: int = 1024
+    timeout_s: float = 1800.0
+    threads: int | None = None
+
+
+@dataclass
+class SyncConfig:
+    """How weights reach the engines.  ``verify`` compares fingerprints after every update."""
+
+    kind: Literal["object_store"] = "object_store"
+    bucket_mb: int = 256
+    verify: bool = True
+
+
+@dataclass
+class ClusterConfig:
+    """Where things run.  ``device=cuda`` asks Ray for GPUs: ``gpus_per_learner`` for every learner rank and ``gpus_per_engine`` for every engine."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    address: str | None = None
+    num_cpus: int | None = None
+    gpus_per_learner: float = 1.0
+    gpus_per_engine: float = 1.0
+    object_store_gb: float = 1.0
+    start_timeout_s: float = 600.0
+
+
+@dataclass
+class TrackingConfig:
+    """Writers beside ``metrics.jsonl``; ``completions_per_step`` limits the dump (-1: all)."""
+
+    wandb: bool = False
+    tensorboard: bool = False
+    project: str = "posttrain"
+    completions_every: int = 1
+    completions_per_step: int = 64
+    console_samples: int = 4
+
+
+@dataclass
+class CheckpointConfig:
+    """Save every ``every`` steps (0: only at the end), keep the newest ``keep``."""
+
+    every: int = 50
+    keep: int = 2
+    export: bool = True
+
+
+@dataclass
+class EvalConfig:
+    """Held-out accuracy: ``n`` answers to each of at most ``limit`` prompts at ``temperature``; right means reward ``metric`` >= ``threshold``.
+    ``metric`` null means the combined reward."""
+
+    every: int = 0
+    at_start: bool = False
+    at_end: bool = False
+    limit: int = 256
+    n: int = 1
+    temperature: float = 0.0
+    max_tokens: int | None = None
+    metric: str | None = None
+    threshold: float = 1.0
+
+
+@dataclass
+class CheckConfig:
+    """Canaries.  ``mismatch`` is the largest mean |learner - engine| log-prob difference allowed at the first step; null takes the value for
+    the dtype.  ``alarm=stop`` turns alarms into errors."""
+
+    mismatch: float | None = None
+    weights_moved: bool = True
+    constant_reward_steps: int = 20
+    alarm: Literal["warn", "stop"] = "warn"
+
+
+@dataclass
+class RunConfig:
+    """Everything a stage needs."""
+
+    loss: Any
+    name: str = "run"
+    seed: int = 0
+    steps: int = 100
+    run_dir: str | None = None
+    resume: str = "never"
+    strict: bool = False
+    advantage: Any = None
+    stages: dict[str, Any] | None = None
+    init_from: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    check: CheckConfig = field(default_factory=CheckConfig)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Build a dataclass from nested mappings.  Raises :class:`ConfigError` for an unknown key (with the nearest known one), a missing key or
+    a value of the wrong type, each with its full path."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {_join(path, near[0])}?" if near else f"; known keys: {', '.join(sorted(fields))}"
+            raise ConfigError(f"unknown key {_join(path, str(key))}{hint}")
+    built: dict[str, Any] = {}
+    for name, spec in fields.items():
+        if name in values:
+            built[name] = _convert(hints[name], values[name], _join(path, name))
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, name)} is not set; give it in the recipe or on the command line")
+    return cls(**built)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if kind is Any:
+        return value
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(option, value, path)
+            except ConfigError as error:
+                errors.append(str(error))
+        raise ConfigError(errors[0] if len(errors) == 1 else f"{path}={value!r} fits none of {', '.join(_name(a) for a in args)}")
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path}={value!r}; choose one of {', '.join(map(str, args))}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r} must be a group of settings ({', '.join(f.name for f in dataclasses.fields(kind))})")
+        return from_mapping(kind, value, path)  # type: ignore[arg-type]
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}={value!r} must be a list, e.g. '{path}=[{value}]'")
+        return [_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r} must be a mapping")
+        return {str(k): _convert(args[1], v, _join(path, str(k))) for k, v in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{path}={value!r} must be {_name(kind)}, not {type(value).__name__}")
+    return value
+
+
+def _name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what cannot work together.  Every message names the keys and the way out."""
+    rollout, learner, data = config.rollout, config.learner, config.data
+    needs = config.loss.needs
+    sources = {s for stream in config.loss.streams.values() for s in stream.source}
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    for path, value, least in (
+        ("steps", config.steps, 1),
+        ("rollout.n", rollout.n, 1),
+        ("rollout.prompts_per_step", rollout.prompts_per_step, 1),
+        ("rollout.num_engines", rollout.num_engines, 1),
+        ("learner.world_size", learner.world_size, 1),
+        ("learner.updates_per_batch", learner.updates_per_batch, 1),
+        ("learner.micro_batch_tokens", learner.micro_batch_tokens, 2),
+    ):
+        require(value >= least, f"{path}={value} must be at least {least}")
+    require(config.model.path is not None or config.model.tiny is not None, "model.path is not set: give model.path=FOLDER_OR_ID, or model=tiny")
+    require(data.train is not None, "data.train is not set: give data.train.path=FILE, or choose data=NAME")
+    require(learner.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={learner.zero_stage}; choose 0, 1, 2 or 3")
+    require(
+        learner.engine == "deepspeed" or learner.zero_stage == 0,
+        f"learner.engine=torch cannot shard: set learner.zero_stage=0 or learner.engine=deepspeed (zero_stage is {learner.zero_stage})",
+    )
+    require(
+        not learner.offload_optimizer or (learner.engine == "deepspeed" and learner.zero_stage >= 1),
+        "learner.offload_optimizer needs learner.engine=deepspeed and learner.zero_stage of 1, 2 or 3",
+    )
+    require(learner.lr >= 0, f"learner.lr={learner.lr} is negative")
+    require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature}: sampling for training needs a temperature above 0")
+    require(rollout.max_staleness == 0, "rollout.max_staleness must be 0: running ahead of the learner is not available yet")
+    require(config.steps >= learner.warmup_steps, f"learner.warmup_steps={learner.warmup_steps} exceeds steps={config.steps}")
+    if rollout.kind == "vllm":
+        require(data.kind == "prompts", f"rollout.kind=vllm samples answers, so data.kind must be prompts, not {data.kind}; or set rollout=replay")
+        require(bool(config.reward.fn), "rollout.kind=vllm needs a reward: choose reward=NAME or set reward.fn.NAME._target_=module.function")
+        require(config.advantage is not None, "rollouts need an advantage: choose advantage=group_norm (or another file of configs/advantage)")
+        require("policy" in sources, f"loss {config.loss.name!r} has no stream for sampled tokens; choose another loss or set rollout=replay")
+        require(
+            abs(needs.temperature - rollout.temperature) < 1e-9,
+            f"the loss scores tokens at temperature {needs.temperature} but they are sampled at {rollout.temperature}; set the likelihood's "
+            f"temperature to rollout.temperature (likelihood.temperature: ${{rollout.temperature}})",
+        )
+        if needs_group(config.advantage):
+            require(rollout.n > 1, f"rollout.n={rollout.n}: {type(config.advantage).__name__} compares answers to one prompt; set rollout.n to 2 or more")
+        limit = rollout.max_model_len
+        require(
+            limit is None or data.max_prompt_tokens + rollout.max_tokens <= limit,
+            f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",
+        )
+    else:
+        require(data.kind != "prompts", "rollout=replay learns from given answers: set data.kind to demos or pairs")
+        require("policy" not in sources or sources != {"policy"}, f"loss {config.loss.name!r} learns from sampled tokens only; set rollout=vllm")
+        require(
+            "behaviour" not in needs.references,
+            f"loss {config.loss.name!r} reads the behaviour log-prob, which given data does not have; set rollout=vllm or choose another loss",
+        )
+        paired = any(s.paired for s in config.loss.streams.values())
+        require(not paired or data.kind == "pairs", f"loss {config.loss.name!r} learns from pairs; set data.kind=pairs (it is {data.kind})")
+        require(paired or data.kind != "pairs", f"data.kind=pairs needs a preference loss such as dpo; loss {config.loss.name!r} has no paired stream")
+    if config.eval.at_start or config.eval.at_end or config.eval.every:
+        require(data.eval is not None, "evaluation is asked for but data.eval is not set: give data.eval.path=FILE or eval.at_start=false eval.at_end=false")
+        require(bool(config.reward.fn), "evaluation needs a reward to say what is right: choose reward=NAME")
+
+
+def needs_group(advantage: Any) -> bool:
+    """Whether an advantage compares the answers of one group, so that a group of one cannot teach anything."""
+    return getattr(advantage, "center", None) in ("mean", "loo", "median")

@@ -1,0 +1,107 @@
+"""What both engines do alike with one micro-batch: score it, or turn it into a loss.  How gradients and weights are kept is the engine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.learner.forward import PolicyModule, forward
+from posttrain.learner.model import is_lora, load_model
+from posttrain.records import TokenBatch
+
+Metrics = dict[str, tuple[float, float]]
+
+
+def device_of(rank: int) -> torch.device:
+    """This rank's accelerator: the first visible GPU when there is one (an actor sees only its own), the CPU otherwise."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+class Core:
+    """A policy, its objective and its frozen start.
+
+    ``caller`` in the methods is whatever runs the forward: the :class:`PolicyModule` or an engine around it.
+    """
+
+    def __init__(self, module: PolicyModule, model_cfg: Any, objective: Any, device: torch.device, seed: int = 0) -> None:
+        self.module = module
+        self.objective = objective
+        self.device = device
+        self._model_cfg, self._seed = model_cfg, seed
+        self._base: PolicyModule | None = None
+
+    @property
+    def base(self) -> PolicyModule | None:
+        """The frozen start, None when switching adapters off gives it.  Loaded on first use; every rank holds a whole copy."""
+        if is_lora(self.module.model):
+            return None
+        if self._base is None:
+            model = load_model(self._model_cfg, seed=self._seed, train=False)
+            self._base = PolicyModule(model.to(self.device), self.module.chunk).eval()
+        return self._base
+
+    @torch.no_grad()
+    def score(self, caller: Any, batch: TokenBatch, policy: str, entropy: bool) -> dict[str, Tensor]:
+        """``logp`` and, when asked, ``entropy`` of every column, ``[N]`` on the CPU, at the objective's temperature.
+
+        An empty batch gives empty columns but still runs a forward, because other ranks may wait for this one.
+        """
+        if policy not in ("current", "base"):
+            raise ValueError(f"score has no policy {policy!r}; choose 'current' or 'base'")
+        padded = placeholder(batch)
+        target, adapter = caller, True
+        if policy == "base":
+            target, adapter = (caller, False) if self.base is None else (self.base, True)
+        training = self.module.training
+        self.module.eval()
+        try:
+            logp, columns = forward(
+                target,
+                padded.to(self.device),
+                temperature=self.objective.needs.temperature,
+                columns=("entropy",) if entropy else (),
+                only_trainable=False,
+                adapter=adapter,
+            )
+        finally:
+            self.module.train(training)
+        n = batch.num_tokens
+        return {"logp": logp[:n].cpu(), **{name: value[:n].cpu() for name, value in columns.items()}}
+
+    def loss(self, caller: Any, batch: TokenBatch, weights: Tensor | None) -> tuple[Tensor, Metrics]:
+        """The micro-batch's share of the step's loss (a plain sum) and its metrics.
+
+        A batch with nothing to learn gives a loss of 0 that is still connected to the model, so that backward runs on this rank as on the
+        others.  Raises ``FloatingPointError`` when the loss is not finite.
+        """
+        idle = not bool(batch.trainable.any())
+        padded = placeholder(batch).to(self.device)
+        needs = self.objective.needs
+        wants_base = any(name.endswith(":base") for name in needs.columns)
+        logp, columns = forward(
+            caller,
+            padded,
+            temperature=needs.temperature,
+            columns=needs.columns,
+            base_model=self.base if wants_base else None,
+            only_trainable=not idle,
+        )
+        # gradient exactly zero through every output, and no 0 * inf
+        silent = sum((torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0).sum() for x in (logp, *columns.values())), logp.new_zeros(()))
+        if idle:
+            return silent, {}
+        found = self.objective(padded, logp=logp, columns=columns, weights=None if weights is None else weights.to(self.device))
+        if not bool(torch.isfinite(found.loss)):
+            raise FloatingPointError(f"the loss of this micro-batch is {float(found.loss)}; samples {', '.join(batch.sample_ids[:4])}")
+        return found.loss + silent, found.metrics
+
+
+def placeholder(batch: TokenBatch) -> TokenBatch:
+    """The batch itself, or, when it has no columns, one column of padding that nothing is learnt from."""
+    if batch.num_tokens:
+        return batch
+    return TokenBatch.from_sequences([{"ids": [0, 0], "sources": ["pad", "pad"]}])

@@ -1,0 +1,191 @@
+"""From a packed batch to log-probabilities: one pass of the backbone, then the chunked head on the columns that need it.
+
+``PolicyModule`` is the one module an engine wraps.  The head's work is done inside the head module's own ``forward``, because sharding
+engines (ZeRO-3) gather a module's weights in hooks around exactly that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from posttrain_kernels import linear_kl, linear_logprob
+from torch import Tensor, nn
+
+from posttrain.learner import attention
+from posttrain.learner.model import is_lora, plain
+from posttrain.records import TokenBatch
+
+COLUMNS = ("entropy", "kl_reverse:base", "kl_forward:base")
+
+
+def _head_forward(head: nn.Module, original: Any) -> Any:
+    """A ``forward`` for the output layer: as before for a plain call, chunked log-probabilities when ``targets`` are given."""
+
+    def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024, columns: tuple[str, ...] = (),
+                base: tuple[Tensor, Tensor, Tensor | None] | None = None) -> Any:  # fmt: skip
+        if targets is None:
+            return original(hidden)
+        weight, bias = head.weight, getattr(head, "bias", None)
+        logp, entropy = linear_logprob(hidden, weight, targets, temperature=temperature, chunk=chunk, need_entropy="entropy" in columns, bias=bias)
+        found = [logp] if entropy is None else [logp, entropy]
+        if base is not None:
+            base_hidden, base_weight, base_bias = base
+            # adapters leave the head alone, so the base shares it
+            shared = base_weight.numel() == 0
+            kl = linear_kl(
+                hidden, weight, base_hidden, weight if shared else base_weight, temperature=temperature, chunk=chunk, bias=bias,
+                base_bias=bias if shared else base_bias,
+            )  # fmt: skip
+            found += [value for name, value in zip(COLUMNS[1:], kl, strict=True) if name in columns]
+        return tuple(found)
+
+    return forward
+
+
+class PolicyModule(nn.Module):
+    """A causal language model that answers with log-probabilities of given targets instead of logits.
+
+    ``model`` is a transformers model, with or without LoRA.  ``forward`` takes the packed columns and returns a tuple: ``logp[n]`` of the
+    selected columns, then one ``[n]`` tensor per wanted full-vocabulary column in the order of ``COLUMNS``.
+    """
+
+    def __init__(self, model: nn.Module, chunk: int = 1024) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+        inner = plain(model)
+        head = inner.get_output_embeddings()
+        if head is None or not isinstance(head, nn.Linear):
+            raise ValueError(f"{type(inner).__name__} has no linear output layer ({type(head).__name__}), so log-probabilities cannot be computed in chunks")
+        head.forward = _head_forward(head, head.forward)  # type: ignore[method-assign]
+
+    @property
+    def inner(self) -> nn.Module:
+        return plain(self.model)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.inner.get_output_embeddings()
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden states ``[N, D]`` of the packed row, after the last norm."""
+        inner = self.inner
+        extra = attention.keywords(inner.config._attn_implementation, lengths)
+        with attention.packed_row():
+            out = inner.base_model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **extra)
+        return out.last_hidden_state[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        target_ids: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        select: Tensor | None,
+        temperature: float,
+        columns: tuple[str, ...] = (),
+        base: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        want_hidden: bool = False,
+        adapter: bool = True,
+    ) -> Any:
+        """``select`` ``[n]`` are the column indices to score, None for all.  ``base`` holds the frozen start's hidden states ``[n, D]``, head
+        weight and bias; an empty weight means that the head is shared.  ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the
+        selected hidden states instead."""
+        off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
+        with off:
+            hidden = self.hidden(input_ids, positions, lengths)
+        if select is not None:
+            hidden, target_ids = hidden[select], target_ids[select]
+        if want_hidden:
+            return hidden
+        return self.head(hidden, targets=target_ids, temperature=temperature, chunk=self.chunk, columns=columns, base=base)
+
+
+def forward(
+    model: Any,
+    batch: TokenBatch,
+    *,
+    temperature: float = 1.0,
+    columns: Iterable[str] = (),
+    only_trainable: bool = True,
+    base_model: Any | None = None,
+    adapter: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``(logp[N], {column: [N]})`` of a batch that is not empty, in float32 (float64 for a float64 model).
+
+    ``model`` is a :class:`PolicyModule` or an engine around one.  With ``only_trainable`` the head runs only on trainable columns: the others
+    hold 0 and carry no gradient.  The ``:base`` columns need the frozen start: ``base_model`` (another ``PolicyModule``), or the model's own
+    adapters, which are switched off for one pass without gradient.
+
+    Raises ``ValueError`` for an unknown column, an empty batch, or a ``:base`` column without a base.
+    """
+    wanted = tuple(name for name in COLUMNS if name in set(columns))
+    unknown = set(columns) - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"unknown full-vocabulary column {sorted(unknown)[0]!r}; choose from {', '.join(COLUMNS)}")
+    if batch.num_tokens == 0:
+        raise ValueError("the batch is empty; use an engine, which runs its own placeholder")
+    select = batch.trainable.nonzero().squeeze(1) if only_trainable and not bool(batch.trainable.all()) else None
+    lengths = batch.lengths
+    row = (batch.input_ids, batch.target_ids, batch.positions, lengths, select, temperature)
+    base = None
+    if any(name.endswith(":base") for name in wanted):
+        base = _base(model, base_model, row)
+    found = model(*row, wanted, base, False, adapter)
+    names = ("logp", *wanted)
+    full = {name: _spread(value, select, batch.num_tokens) for name, value in zip(names, found, strict=True)}
+    return full.pop("logp"), full
+
+
+@torch.no_grad()
+def _base(model: Any, base_model: Any | None, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    if base_model is not None:
+        head = base_model.head
+        return base_model(*row, (), None, True), head.weight, getattr(head, "bias", None)
+    module = getattr(model, "module", model)
+    if not is_lora(module.model):
+        raise ValueError("a ':base' column needs the frozen start: give base_model, or train with adapters (model.lora)")
+    hidden = model(*row, (), None, True, False)
+    return hidden, hidden.new_empty(0, hidden.shape[1]), None
+
+
+def _spread(values: Tensor, select: Tensor | None, n: int) -> Tensor:
+    if select is None:
+        return values
+    return torch.zeros(n, dtype=values.dtype, device=values.device).index_put((select,), values)
+
+
+@torch.no_grad()
+def self_check(module: PolicyModule, tolerance: float | None = None) -> float:
+    """Compare packed log-probabilities with the model's own logits on two short sequences; returns the largest difference.
+
+    It catches at load time what would train wrongly in silence: layers that leak across packed sequences, and post-processing of logits that a
+    chunked head does not reproduce.  Raises ``ValueError`` with the difference.
+    """
+    inner = module.inner
+    weight = module.head.weight
+    vocab = inner.config.get_text_config().vocab_size
+    ids = (torch.arange(16, device=weight.device) * 7919 + 11) % vocab
+    first, second = ids[:9], ids[9:]
+    if tolerance is None:
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(weight.dtype, 0.25)
+    training = module.training
+    module.eval()
+    try:
+        logq = [torch.log_softmax(inner(input_ids=s[None]).logits[0, :-1].to(torch.float64), -1).gather(1, s[1:, None])[:, 0] for s in (first, second)]
+        packed = torch.cat([first[:-1], second[:-1]])
+        positions = torch.cat([torch.arange(len(first) - 1), torch.arange(len(second) - 1)]).to(weight.device)
+        lengths = torch.tensor([len(first) - 1, len(second) - 1], device=weight.device)
+        ours = module(packed, torch.cat([first[1:], second[1:]]), positions, lengths, None, 1.0)[0]
+    finally:
+        module.train(training)
+    gap = float((torch.cat(logq) - ours.double()).abs().max())
+    if not gap <= tolerance:
+        raise ValueError(
+            f"{type(inner).__name__}: log-probabilities of a packed row differ from the model's own by {gap:.3g} (limit {tolerance:g}); its layers "
+            "mix packed sequences or its logits are post-processed, and it cannot be trained here"
+        )
+    return gap

@@ -1,0 +1,91 @@
+"""Load a causal language model for learning: safetensors only, no code from the model folder unless asked, LoRA through peft.
+
+Every rank loads the whole model into its own memory before an engine shards it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.learner import attention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def load_model(cfg: Any, *, seed: int = 0, train: bool = True) -> torch.nn.Module:
+    """The model of a ``ModelConfig`` in its dtype, in training mode without a key-value cache.
+
+    ``cfg.init == "random"`` keeps the architecture and draws weights from ``seed``.  ``train=False`` gives the frozen start: no adapters, no
+    gradients.  With LoRA only the adapters require gradients, and they are kept in float32 precision by the optimizer.
+
+    Raises ``ValueError`` naming the setting for an unknown dtype, a missing folder, weights that are not safetensors, or adapters on the head.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if cfg.dtype not in DTYPES:
+        raise ValueError(f"model.dtype={cfg.dtype!r}; choose one of {', '.join(DTYPES)}")
+    if not cfg.path:
+        raise ValueError("model.path is not set; give a Hugging Face folder or id")
+    dtype = DTYPES[cfg.dtype]
+    implementation = attention.choose(cfg.attention, dtype)
+    common: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code, "attn_implementation": implementation}
+    try:
+        if cfg.init == "random":
+            config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=cfg.trust_remote_code)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **common).to(dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=dtype, use_safetensors=True, **common)
+    except OSError as error:
+        raise ValueError(f"model.path={cfg.path!r} cannot be loaded: {_hint(cfg.path)}{error}") from error
+    model.config.use_cache = False
+    if not train:
+        model.requires_grad_(False)
+        return model.eval()
+    if cfg.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"model.gradient_checkpointing=true: {type(model).__name__} does not support it; set it to false")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.lora is not None:
+        model = add_lora(model, cfg.lora, seed)
+    return model.train()
+
+
+def _hint(path: str) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            return "the folder has no config.json; "
+        if not list(folder.glob("*.safetensors")):
+            return "the folder holds no *.safetensors file (other formats can run code and are refused; convert the weights); "
+        return ""
+    return "it is neither a folder here nor a model id that can be reached; "
+
+
+def add_lora(model: torch.nn.Module, lora: Any, seed: int) -> torch.nn.Module:
+    """Wrap ``model`` with LoRA adapters.  They are drawn from ``seed`` so that every rank starts with the same ones."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    head = model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if module is head}
+    if not isinstance(targets, str) and any(name.split(".")[-1] in targets for name in names):
+        raise ValueError("model.lora.targets names the output head; adapt inner layers only, the head is computed in chunks from its own weight")
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def is_lora(model: torch.nn.Module) -> bool:
+    """Whether the model carries adapters that can be switched off."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+
+
+def plain(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside an adapter wrapper, or the model itself."""
+    return model.get_base_model() if is_lora(model) else model

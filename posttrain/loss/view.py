@@ -1,0 +1,138 @@
+"""What a term sees: one stream's tokens, detached, with the reductions terms need.
+
+A term never touches the model or the autograd graph.  It is a function of a :class:`TokenView` and returns ``[N]`` numbers; entries outside
+``view.on`` are ignored by the caller and may hold anything, NaN included.  Letters: ``N`` columns, ``S`` sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.mixture.schedule import Scalar, at
+from posttrain.records import StreamTotals, TokenBatch, Totals
+
+Metrics = dict[str, tuple[float, float]]
+"""name -> (sum, count).  Both add over micro-batches and ranks; the metric is sum / count, or the sum itself where every count is 0."""
+
+Level = Literal["token", "sequence", "sequence_geometric"]
+LEVELS: tuple[Level, ...] = ("token", "sequence", "sequence_geometric")
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One stream of a batch.
+
+    ``logp`` float N: the current policy's log-probability, detached, at least float32.  ``on`` bool N: the stream's learnable tokens.
+    ``member`` bool S: sequences that belong to the stream, including those whose tokens are all masked.  ``level`` is the granularity of
+    ratios the stream's likelihood asks for.  ``totals`` are the stream's counts over the whole optimizer step, ``step`` those of every
+    stream.
+    """
+
+    batch: TokenBatch
+    logp: Tensor
+    on: Tensor
+    member: Tensor
+    totals: StreamTotals
+    level: Level = "token"
+    name: str = "stream"
+    step: Totals | None = None
+
+    # -- scalars and columns -------------------------------------------------------------------------------------------
+    def at(self, value: Scalar) -> float:
+        """A coefficient now: a number as it is, a schedule at this step's progress."""
+        return at(value, self.batch.progress)
+
+    def select(self, values: Tensor, otherwise: float = 0.0) -> Tensor:
+        """``values`` on the stream's tokens, a constant elsewhere; never ``0 * NaN``."""
+        return torch.where(self.on, values, torch.full_like(self.logp, otherwise))
+
+    def reference(self, to: str) -> Tensor:
+        """Log-probabilities ``[N]`` of a named policy.  ``self`` is the current one.  On a fresh batch an absent ``old`` is the current one
+        too.  Raises ``ValueError`` naming stream, column and source when it is missing on a token that needs it."""
+        if to == "self":
+            return self.logp
+        column = self.batch.logps.get(to)
+        if column is None:
+            if to == "old" and self.batch.fresh:
+                return self.logp
+            raise ValueError(f"stream {self.name!r} needs the log-prob column {to!r}; the batch has {sorted(self.batch.logps) or 'none'}")
+        column = column.to(self.logp.dtype)
+        missing = self.on & torch.isnan(column)
+        if bool(missing.any()):
+            where = int(missing.nonzero()[0])
+            raise ValueError(
+                f"stream {self.name!r}: log-prob {to!r} is absent (NaN) on {int(missing.sum())} of {int(self.on.sum())} tokens, first at "
+                f"column "
+                f"{where} of sample {self.batch.sample_ids[int(self.batch.seq[where])]!r}; given tokens have no {to!r}: choose reference "
+                f"self "
+                f"for them or give them a stream of their own"
+            )
+        return column
+
+    def log_ratio(self, to: str, over: str = "self", level: Level | None = None) -> Tensor:
+        """``log(over / to)`` on the stream's tokens, ``[N]``: token by token, summed over the sequence, or its mean (geometric ratio)."""
+        delta = self.select(self.reference(over) - self.reference(to))
+        level = level or self.level
+        if level == "token":
+            return delta
+        if level == "sequence":
+            return self.spread(self.seq_sum(delta))
+        if level == "sequence_geometric":
+            return self.spread(self.seq_mean(delta))
+        raise ValueError(f"unknown ratio level {level!r}; choose from {', '.join(LEVELS)}")
+
+    def require_whole(self, what: str) -> None:
+        """Raise ``ValueError`` unless this view holds the whole optimizer step: for terms that count over the batch."""
+        here = (int(self.on.sum()), int(self.member.sum()))
+        if here != (self.totals.tokens, self.totals.sequences):
+            raise ValueError(
+                f"stream {self.name!r}: {what} must see the whole optimizer step, but this batch has {here[0]} of {self.totals.tokens} "
+                f"tokens; "
+                "pass weights= computed on the whole step with objective.weights(batch)"
+            )
+
+    # -- reductions over the stream's tokens ----------------------------------------------------------------------------
+    @property
+    def num_sequences(self) -> int:
+        return self.batch.num_sequences
+
+    def seq_sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over each sequence's tokens in the stream, ``[S]``."""
+        out = torch.zeros(self.num_sequences, dtype=values.dtype, device=values.device)
+        return out.index_add(0, self.batch.seq, torch.where(self.on, values, torch.zeros_like(values)))
+
+    def seq_len(self) -> Tensor:
+        """Number of the stream's tokens in each sequence, ``[S]``, as a float."""
+        return self.seq_sum(torch.ones_like(self.logp))
+
+    def seq_mean(self, values: Tensor) -> Tensor:
+        """Mean over each sequence's tokens in the stream, ``[S]``; 0 for a sequence without any."""
+        return self.seq_sum(values) / self.seq_len().clamp(min=1)
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """``[S]`` -> ``[N]``: every token gets its sequence's number."""
+        return per_sequence[self.batch.seq]
+
+    @property
+    def in_pair(self) -> Tensor:
+        """Sequences of preference pairs of which at least one side belongs to the stream, ``[S]``: an empty answer still is a side."""
+        return (self.batch.pair >= 0) & (self.code_count(self.batch.pair, self.member) > 0)
+
+    def code_sum(self, codes: Tensor, per_sequence: Tensor) -> Tensor:
+        """Sum over the stream's sequences that share a code (``batch.group`` or ``batch.pair``), back on each, ``[S]``; 0 without one."""
+        has = (codes >= 0) & self.member
+        return torch.where(has, _by_code(codes, per_sequence, has), torch.zeros_like(per_sequence))
+
+    def code_count(self, codes: Tensor, which: Tensor) -> Tensor:
+        """How many of the sequences ``which`` ``[S]`` share each sequence's code, ``[S]`` int64; 0 without a code."""
+        return torch.where(codes >= 0, _by_code(codes, which.to(torch.int64), (codes >= 0) & which), torch.zeros_like(codes))
+
+
+def _by_code(codes: Tensor, per_sequence: Tensor, has: Tensor) -> Tensor:
+    size = max(int(codes.max()) + 1, 1) if len(codes) else 1
+    total = torch.zeros(size, dtype=per_sequence.dtype, device=per_sequence.device)
+    return total.index_add(0, codes[has], per_sequence[has])[codes.clamp(min=0)]

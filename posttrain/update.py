@@ -1,0 +1,92 @@
+"""One batch of experience becomes optimizer steps: pack, count, fill the reference columns, weigh, learn.
+
+Whether one pass is enough or two are needed is decided here, from what the objective declares and what the packer had to cut:
+
+* nothing live is coupled beyond a sequence, or every coupled set is whole: one forward and backward per micro-batch;
+* otherwise all current log-probs are computed first, the token weights are formed once on the whole optimizer step, and the second pass
+  runs forward and backward with those weights fixed.  The gradient is the same, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.data.pack import Packer, Step
+from posttrain.data.report import Report
+from posttrain.data.rows import to_rows
+from posttrain.loss.unified import Objective
+from posttrain.metrics import Accumulator
+from posttrain.records import TokenBatch
+
+
+def scatter(step: Step, values: Sequence[Tensor]) -> Tensor:
+    """Per-micro-batch columns, in the order of ``step.parts()``, back on the whole batch, ``[N]``.  Empty micro-batches are skipped."""
+    out = torch.full((step.whole.num_tokens,), torch.nan, dtype=values[0].dtype)
+    for part, value in zip(step.parts(), values, strict=True):
+        if part:
+            out[step.whole.columns_of(part)] = value.to(out.dtype)
+    return out
+
+
+@dataclass
+class Learn:
+    """The learner's side of the loop.  ``learner`` is a group of ranks with ``score`` and ``step``."""
+
+    objective: Objective
+    packer: Packer
+    learner: Any
+    seed: int = 0
+    report: Report = field(default_factory=Report)
+
+    async def learn(self, step: int, items: Sequence[Any], progress: float) -> Accumulator:
+        """Take every optimizer step this batch is worth.  Returns the metrics of all of them.
+
+        Raises ``ValueError`` when nothing was left to learn from, with the reasons.
+        """
+        needs = self.objective.needs
+        counted = Report("packed")
+        rows = to_rows(items, counted)
+        totals = Accumulator()
+        totals.add({f"data/dropped/{reason}": (float(n), 0.0) for reason, n in counted.dropped.items()})
+        if not rows:
+            raise ValueError(f"step {step}: nothing is left to learn from ({counted}); look at the rewards, the filters and the data")
+        plan = self.packer.plan(rows, needs.keep_whole or "token", seed=self.seed + step, progress=progress)
+        filled = [await self._fill(one, len(plan) > 1) for one in plan]
+        for one in filled:
+            whole = one.whole.replace(totals=self.objective.totals(one.whole))
+            weights = None
+            if needs.keep_whole and (one.cut or needs.coupling == "batch"):
+                current = await self._score(one, whole, "current")
+                weights = self.objective.weights(whole.replace(fresh=False) if "old" in whole.logps else whole, current)
+            micro = one.micro_batches(whole)
+            sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
+            report = await self.learner.step(micro, sliced)
+            totals.add(report.metrics)
+            totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
+            totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
+            totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
+        return totals
+
+    async def _fill(self, one: Step, several: bool) -> Step:
+        """Fill the reference columns the objective needs, all before the learner moves.
+
+        ``old`` is filled only when several optimizer steps share the batch: on the first, the current policy *is* the old one.
+        """
+        from dataclasses import replace
+
+        whole: TokenBatch = one.whole
+        wanted = self.objective.needs.references
+        if "base" in wanted:
+            whole = whole.with_logps(base=await self._score(one, whole, "base"))
+        if several and "old" in wanted:
+            whole = whole.with_logps(old=await self._score(one, whole, "current"))
+        return replace(one, whole=whole)
+
+    async def _score(self, one: Step, whole: TokenBatch, policy: str) -> Tensor:
+        results = await self.learner.score(one.micro_batches(whole), policy)
+        return scatter(one, [r["logp"] for r in results])

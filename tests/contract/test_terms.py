@@ -1,0 +1,243 @@
+"""Every term class of the loss satisfies the contract, every setting of it acts, and the checker itself catches terms that do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.loss import advantage, aggregate, likelihood, mask, reference, regularizer
+from posttrain.mixture.schedule import Linear
+from posttrain.testing.check import CheckFailed, check_parity, check_slicing, check_term, example_batch, objective_with, role_of
+
+MODULES: dict[str, ModuleType] = {
+    "likelihood": likelihood,
+    "reference": reference,
+    "advantage": advantage,
+    "mask": mask,
+    "aggregation": aggregate,
+    "regularizer": regularizer,
+}
+
+
+def term_classes() -> dict[str, type]:
+    return {
+        f"{role}.{name}": cls
+        for role, module in MODULES.items()
+        for name, cls in vars(module).items()
+        if inspect.isclass(cls) and cls.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+OTHER_AGGREGATION = {"streams": [("rollouts",), ()], "aggregation": [aggregate.SequenceMeanTokenSum()]}
+# Settings from which every field of a class can be seen to act, and values for fields that cannot be guessed from their type.
+VARIANTS: dict[str, list[Any]] = {
+    "likelihood.Token": [likelihood.Token(ratio="sequence"), likelihood.Token(ratio="sequence_geometric")],
+    "reference.Power": [reference.Power(0.0), reference.Power(-0.5), reference.Power(Linear(0.2, 1.0))],
+    "reference.Named": [reference.Named("behaviour"), reference.Named("base")],
+    "advantage.One": [advantage.One(0.0), advantage.One(-0.5)],
+    "advantage.ColumnMinusKL": [
+        advantage.ColumnMinusKL(credit="sequence"),
+        advantage.ColumnMinusKL(credit="own", over="self"),
+        advantage.ColumnMinusKL(over="behaviour", coef=Linear(0.0, 1.0)),
+    ],
+    "advantage.Pairwise": [
+        advantage.Pairwise(label_smoothing=0.1),
+        advantage.Pairwise(label_smoothing=0.1, debias=True),
+        advantage.Pairwise(f="squared", score="log_ratio_mean"),
+        advantage.Pairwise(f="hinge", score="logp_sum", beta=1.0),
+        advantage.Pairwise(score="logp_mean", beta=2.0),
+    ],
+    "mask.RatioClip": [mask.RatioClip(level="sequence_geometric"), mask.RatioClip(0.1, Linear(0.2, 0.4), over="old", to="behaviour")],
+    "mask.DualClip": [mask.DualClip(1.5, level="sequence")],
+    "mask.Cap": [mask.Cap(1.2), mask.Cap(1.2, level="sequence_geometric"), mask.Cap(0.0)],
+    "mask.Truncate": [mask.Truncate(1.1, apply="weight"), mask.Truncate(1.1, level="sequence"), mask.Truncate(float("inf"))],
+    "mask.Reject": [mask.Reject(0.9, 1.1), mask.Reject(0.99, 1.01, level="sequence_geometric"), mask.Reject(0.0, float("inf"))],
+    "aggregation.Constant": [aggregate.Constant(7.5)],
+    "aggregation.TokenMean": [aggregate.TokenMean(d) for d in ("weight_sum", "joint", "kept")],
+    "regularizer.KL": [
+        regularizer.KL("k2", coef=0.5, ratio="token"),
+        regularizer.KL("k3", coef=0.5, ratio="token", over="behaviour"),
+        regularizer.KL("k1", ratio="token"),
+        regularizer.KL("k1", force=True),
+        regularizer.KL("k2", level="sequence"),
+        regularizer.KL("k3", level="sequence", max_log_ratio=2.0),
+        regularizer.KL("k3", max_log_ratio=0.5, aggregation=aggregate.SequenceMeanTokenSum(), streams=("rollouts",)),
+    ],
+    "regularizer.FullKL": [regularizer.FullKL("forward", "teacher", Linear(0.0, 1.0))],
+    "regularizer.Entropy": [regularizer.Entropy(-0.1), regularizer.Entropy(Linear(1.0, 0.0))],
+}
+ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "mask.DropTruncated": {"reasons": [("stop",), ()]},
+    "mask.DualClip": {"c": [1.2, 2.0, 8.0]},
+    "regularizer.KL": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"], "max_log_ratio": [0.1, 0.3]},
+    "regularizer.FullKL": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"], "to": ["teacher"]},
+    "regularizer.Entropy": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"]},
+}
+REQUIRED = {"aggregation.Constant": {"length": 100.0}}
+
+
+@pytest.mark.parametrize("name", term_classes())
+def test_term_satisfies_the_contract(name: str) -> None:
+    term = term_classes()[name](**REQUIRED.get(name, {}))
+    check_term(term, *VARIANTS.get(name, []), alternatives=ALTERNATIVES.get(name))
+
+
+@pytest.mark.parametrize("name", term_classes())
+def test_term_is_frozen_documented_and_knows_its_role(name: str) -> None:
+    cls = term_classes()[name]
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    doc = inspect.getdoc(cls) or ""
+    for part in ("Equation:", "Source:", "Wrong when:"):
+        assert part in doc, f"{name}'s docstring has no {part!r}"
+    for field in dataclasses.fields(cls):
+        if field.name not in ("streams", "aggregation", "force"):
+            assert f"``{field.name}``" in doc or f"``{field.name}=" in doc, f"{name}'s docstring does not say what {field.name} does"
+    term = cls(**REQUIRED.get(name, {}))
+    assert role_of(term) == name.split(".")[0]
+    assert isinstance(term.formula, str)
+
+
+def test_the_walk_finds_every_term() -> None:
+    assert len(term_classes()) >= 24
+    assert set(VARIANTS) | set(ALTERNATIVES) | set(REQUIRED) <= set(term_classes())
+
+
+# -- the checker catches what it claims to catch ------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Halve:
+    """A correct mask: halves the weight of tokens more probable than ``above``."""
+
+    above: float = 0.5
+
+    def factor(self, view, advantage):
+        return torch.where(view.logp.exp() > self.above, 0.5, 1.0).to(view.logp.dtype)
+
+
+class WrongShape(Halve):
+    def factor(self, view, advantage):
+        return torch.ones(view.num_sequences, dtype=view.logp.dtype)
+
+
+class Gradient(Halve):
+    def factor(self, view, advantage):
+        return torch.ones_like(view.logp, requires_grad=True)
+
+
+class NotANumber(Halve):
+    def factor(self, view, advantage):
+        return torch.where(view.logp < -1, torch.nan, 1.0).to(view.logp.dtype)
+
+
+class Negative(Halve):
+    def factor(self, view, advantage):
+        return view.logp
+
+
+class OrderDependent(Halve):
+    def factor(self, view, advantage):
+        return torch.linspace(0, 1, len(view.logp), dtype=view.logp.dtype)
+
+
+class CoupledInSecret(Halve):
+    def factor(self, view, advantage):
+        return torch.full_like(view.logp, float(view.select(view.logp).exp().sum()))
+
+
+class ReadsInSecret(Halve):
+    def factor(self, view, advantage):
+        return (view.log_ratio("teacher") > 0).to(view.logp.dtype)
+
+
+class DeclaresTooMuch(Halve):
+    needs = frozenset({"teacher"})
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadKnob(Halve):
+    strength: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflows:
+    needs = frozenset({"base"})
+
+    def factor(self, view, advantage):
+        return torch.exp(view.log_ratio("base")) / (torch.exp(view.log_ratio("base")) + 1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpicklable:
+    rule: Any = dataclasses.field(default=lambda p: p, compare=False)
+
+    def factor(self, view, advantage):
+        return self.rule(view.logp.exp())
+
+
+@dataclasses.dataclass(frozen=True)
+class WrongSlope:
+    coef: float = 0.1
+
+    def gradient(self, view):
+        return 2 * view.logp
+
+    def penalty(self, view):
+        return view.logp**2 / 2
+
+
+def test_a_correct_plug_in_passes() -> None:
+    check_term(Halve())
+
+
+@pytest.mark.parametrize(
+    ("term", "reason"),
+    [
+        (WrongShape(), "shape"),
+        (Gradient(), "carries a gradient"),
+        (NotANumber(), "NaN"),
+        (Negative(), "negative"),
+        (OrderDependent(), "order"),
+        (CoupledInSecret(), "must declare coupling"),
+        (ReadsInSecret(), "does not declare"),
+        (DeclaresTooMuch(), "without it"),
+        (DeadKnob(), "changes nothing"),
+        (Overflows(), "NaN"),
+        (Unpicklable(), "pickled"),
+        (WrongSlope(), "derivative"),
+        (object(), "no term"),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, str) else x.replace(" ", "-"),
+)
+def test_the_checker_catches(term: Any, reason: str) -> None:
+    with pytest.raises(CheckFailed, match=reason):
+        check_term(term)
+
+
+def test_check_parity_tells_right_from_wrong() -> None:
+    batch = example_batch()
+    objective = objective_with(reference.Unit())
+    on = objective.views(batch)["rollouts"].on
+    weight = batch.weight * batch.advantage / int(on.sum())
+    check_parity(objective, batch, lambda logp: (weight * logp.exp())[on].sum())
+    with pytest.raises(CheckFailed, match="autograd of the formula"):
+        check_parity(objective, batch, lambda logp: (weight * logp)[on].sum())
+    with pytest.raises(CheckFailed, match="nothing was compared"):
+        check_parity(objective, batch, lambda logp: 0.0 * logp[on].sum())
+
+
+def test_check_slicing_reports_a_cut_group() -> None:
+    batch = example_batch()
+    check_slicing(objective_with(aggregate.GroupMeanTokenMean()), batch)
+    check_slicing(objective_with(aggregate.GroupMeanTokenMean()), batch, [[0, 5], [1, 4], [2, 3, 6, 7, 8]])
+    with pytest.raises(CheckFailed, match="exactly once"):
+        check_slicing(objective_with(aggregate.TokenMean()), batch, [[0, 1]])
+
+
+def test_the_order_of_sequences_in_a_group_is_irrelevant_to_live_terms() -> None:
+    batch, objective = example_batch(), objective_with(advantage.Pairwise())
+    order = [3, 2, 8, 1, 0, 7, 5, 6, 4]
+    torch.testing.assert_close(objective.weights(batch.take(order)), objective.weights(batch)[batch.columns_of(order)], rtol=1e-12, atol=0)

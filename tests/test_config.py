@@ -1,0 +1,106 @@
+"""Settings: typed, strict, and every refusal says what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain.cli import Words, _open, compose_loss
+from posttrain.config import ConfigError, LearnerConfig, RunConfig, check, from_mapping
+
+
+def settings(**changes: Any) -> RunConfig:
+    """A config that passes, with changes at dotted paths written ``a__b``."""
+    loss = compose_loss(changes.pop("loss", "grpo"))
+    config = from_mapping(
+        RunConfig,
+        {
+            "loss": loss,
+            "advantage": object(),
+            "model": {"path": "somewhere"},
+            "data": {"train": {"path": "x.jsonl"}, "kind": "prompts"},
+            "reward": {"fn": {"r": len}},
+        },
+    )
+    for path, value in changes.items():
+        target: Any = config
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, last, value)
+    return config
+
+
+def test_a_good_config_passes() -> None:
+    config = settings()
+    check(config)
+    assert config.rollout.n == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lrr": 1.0}, "unknown key learner.lrr; did you mean learner.lr?"),
+        ({"lr": "fast"}, "learner.lr='fast' must be a number, not str"),
+        ({"zero_stage": True}, "learner.zero_stage=True must be a whole number, not bool"),
+        ({"engine": "megatron"}, "learner.engine='megatron'; choose one of deepspeed, torch"),
+        ({"betas": 0.9}, "learner.betas=0.9 must be a list"),
+        ({"betas": [0.9, "x"]}, r"learner.betas\[1\]='x' must be a number"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(LearnerConfig, values, "learner")
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert from_mapping(LearnerConfig, {"lr": 1}).lr == 1.0
+    assert isinstance(from_mapping(LearnerConfig, {"lr": 1}).lr, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout__n": 0}, "rollout.n=0 must be at least 1"),
+        ({"model__path": None}, "model.path is not set"),
+        ({"data__train": None}, "data.train is not set"),
+        ({"learner__engine": "torch", "learner__zero_stage": 2}, "learner.engine=torch cannot shard"),
+        ({"learner__offload_optimizer": True}, "offload_optimizer needs"),
+        ({"rollout__temperature": 0.0}, "needs a temperature above 0"),
+        ({"rollout__temperature": 0.7}, "sampled at 0.7"),
+        ({"rollout__kind": "replay"}, "set data.kind to demos or pairs"),
+        ({"rollout__kind": "replay", "data__kind": "demos"}, "learns from sampled tokens only"),
+        ({"data__kind": "pairs"}, "data.kind must be prompts"),
+        ({"advantage": None}, "rollouts need an advantage"),
+        ({"reward__fn": {}}, "needs a reward"),
+        ({"loss": "sft"}, "no stream for sampled tokens"),
+        ({"loss": "sft", "rollout__kind": "replay", "data__kind": "pairs"}, "needs a preference loss"),
+        ({"loss": "dpo", "rollout__kind": "replay", "data__kind": "demos"}, "set data.kind=pairs"),
+        ({"eval__at_end": True}, "data.eval is not set"),
+        ({"rollout__max_model_len": 100}, "cannot hold"),
+    ],
+)
+def test_impossible_pairs_name_the_way_out(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(settings(**changes))
+
+
+def test_words_take_a_command_line_apart() -> None:
+    words = Words(["recipe=quickstart", "learner.lr=1", "stages.grpo.steps=7", "--cfg", "job", "reward.fn.mine._target_=a.b"])
+    assert words.config_name == "quickstart"
+    assert words.overrides == ["learner.lr=1", "++reward.fn.mine._target_=a.b"]
+    assert words.stages == {"grpo": ["steps=7"]}
+    assert words.flags == ["--cfg", "job"]
+
+
+@pytest.mark.parametrize(("word", "message"), [("recipe=quickstrt", "did you mean 'quickstart'"), ("steps", "is not a setting")])
+def test_words_refuse_what_is_no_setting(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Words([word])
+
+
+def test_open_maps_need_no_plus() -> None:
+    assert _open("loss.streams.rollouts.coef=2") == "++loss.streams.rollouts.coef=2"
+    assert _open("loss=dapo") == "loss=dapo"
+    assert _open("learner.lr=2") == "learner.lr=2"
