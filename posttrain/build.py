@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,8 +18,8 @@ from posttrain.controller import Run
 from posttrain.data.load import load_data
 from posttrain.data.pack import Packer
 from posttrain.data.sampler import Sampler
-from posttrain.heldout import HeldOut, sentence
 from posttrain.folder import RunFolder
+from posttrain.heldout import HeldOut, sentence
 from posttrain.mixture.gate import PassThrough
 from posttrain.records import Group, Sampling
 from posttrain.report.reporter import Reporter
@@ -315,11 +316,9 @@ async def open_stage(
     try:
         with timings.phase("start"):
             console.message(f"starting {'the engines and ' if pool else ''}the learner from {config.model.path}")
-            await learner.ready()
+            await asyncio.gather(learner.ready(), *([pool.ready()] if pool else []))
             if found:
                 await learner.load(str(found[1] / "learner"))
-            if pool:
-                await pool.ready()
         rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
         if config.rollout.kind == "vllm":
             from posttrain.rollout.strategy import Fixed

@@ -26,6 +26,31 @@ def _samples(config: RunConfig) -> bool:
     return config.rollout.kind == "vllm" or config.eval.at_start or config.eval.at_end or bool(config.eval.every)
 
 
+def _without_dashboard() -> None:
+    """Tell Ray that its dashboard's packages are not wanted: its helpers then import a fraction of them and start in seconds, also on a slow
+    machine, where the full set misses a deadline of 15 s that Ray does not let anybody change."""
+    import ray._private.utils as utils
+
+    if hasattr(utils, "get_dashboard_dependency_error"):
+        utils.get_dashboard_dependency_error = lambda: ImportError("the dashboard is not used")
+
+
+def _start(ray: Any, options: dict[str, Any], attempts: int) -> None:
+    """``ray.init``, repeated when the node did not come up in time."""
+    import psutil
+
+    for attempt in range(1, attempts + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            for child in psutil.Process().children(recursive=True):  # what a half-started node leaves running
+                child.kill()
+            if attempt == attempts or "timed out during startup" not in str(error):
+                raise
+
+
 @contextmanager
 def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
     """A Ray session for the length of a run.  A cluster this process started ends with it, also when the process is killed.
@@ -36,7 +61,8 @@ def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(int(config.start_timeout_s)))  # a busy machine is slow, not dead
+    # a busy machine is slow, not dead: wait longer than Ray does, and start once more when one of its helpers came too late
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
     os.environ.setdefault("RAY_agent_register_timeout_ms", str(int(1000 * config.start_timeout_s)))
     import ray
 
@@ -52,8 +78,10 @@ def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
             "object_store_memory": int(config.object_store_gb * 2**30),
             "_node_ip_address": "127.0.0.1",
         }
+    if not joined:
+        _without_dashboard()
     try:
-        ray.init(**options)
+        _start(ray, options, attempts=1 if joined else 4)
     except ConnectionError as error:
         raise ConfigError(f"cluster.address={config.address}: no Ray cluster answers there ({error}); start one with 'ray start --head', or leave the address out") from error
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from posttrain.config import ConfigError
 
 # settings that may differ between a run and its continuation
-FREE = ("resume", "run_dir", "tracking", "checkpoint", "eval", "check", "cluster", "strict", "steps", "sync")
+FREE = ("stages", "resume", "run_dir", "tracking", "checkpoint", "eval", "check", "cluster", "strict", "steps", "sync")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 #
 # The whole log is in .venv/setup.log.  On a machine with GPUs use your own environment: see CONTRIBUTING.md.
 set -euo pipefail
+unset PYTHONDONTWRITEBYTECODE # without cached bytecode every process compiles torch again: half a minute each
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
 UV_VERSION=0.13.8

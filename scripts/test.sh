@@ -5,6 +5,7 @@
 #   scripts/test.sh tests/loss -k clip
 # The last line is pytest's own closing line; the exit code is pytest's, or ruff's when only ruff objects.
 set -uo pipefail
+unset PYTHONDONTWRITEBYTECODE # without cached bytecode every process compiles torch again: half a minute each
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$here" || exit 1
 bash scripts/setup.sh --dev || exit 1

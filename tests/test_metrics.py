@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import re
@@ -56,7 +57,7 @@ def test_result_does_not_depend_on_the_slices(cuts: int, monkeypatch: pytest.Mon
     tokens = [(rng.uniform(0, 5), rng.random() < 0.3, rng.randint(1, 90)) for _ in range(60)]
     edges = [0, *sorted(rng.sample(range(1, 60), cuts - 1)), 60]
     whole = Accumulator()
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         part, piece = tokens[low:high], Accumulator()
         piece.add({"demos/nll": (sum(t[0] for t in part), len(part)), "demos/clip/masked": (sum(t[1] for t in part), len(part))})
         piece.add({"demos/tokens": (len(part), 0.0), "mismatch/max_abs": (max(t[0] for t in part), len(part))})

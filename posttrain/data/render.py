@@ -10,6 +10,7 @@ Padding plays no part anywhere, so a tokenizer whose padding token is its EOS lo
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -182,13 +183,14 @@ class Renderer:
     def _encode(self, rendered: Rendered, learnt: Sequence[Span]) -> Encoded:
         ids, offsets = self._tokens(rendered)
         edges = {edge for span in rendered.answers for edge in span if span[0] < span[1]}
-        crossed = sorted({e for e in edges if any(a < e < b for a, b in offsets)})
+        starts = [a for a, _ in offsets]
+        crossed = sorted(e for e in edges if (i := bisect_left(starts, e) - 1) >= 0 and offsets[i][1] > e)
         if crossed or not self.tokenizer.is_fast:
             ids, offsets = self._tokens(rendered, sorted(edges) if not self.tokenizer.is_fast else crossed)
         n = len(ids)
         sources, trainable, turn = [Source.prompt] * n, [False] * n, [0] * n
-        for i, offset in enumerate(offsets):
-            if _inside(offset, rendered.tools):
+        for span in rendered.tools:
+            for i in _tokens_of(span, offsets):
                 sources[i] = Source.tool
         start = 0
         for number, span in enumerate(rendered.answers):
@@ -206,7 +208,7 @@ class Renderer:
 
     def _answer_tokens(self, span: Span, ids: Sequence[int], offsets: Sequence[Span], text: str) -> list[int]:
         """Token indices of one turn, up to and with the token that ends it."""
-        inside = [i for i, (a, b) in enumerate(offsets) if span[0] <= a and b <= span[1] and span[0] < span[1]]
+        inside = _tokens_of(span, offsets)
         if not inside:
             return []
         stops = [i for i in inside if ids[i] in self.stop_ids]
@@ -305,5 +307,7 @@ class Renderer:
         return ["unknown_characters"] if unknown is not None and unknown in ids and unknown not in self.stop_ids else []
 
 
-def _inside(span: Span, spans: Iterable[Span]) -> bool:
-    return any(a <= span[0] and span[1] <= b for a, b in spans)
+def _tokens_of(span: Span, offsets: Sequence[Span]) -> list[int]:
+    """Indices of the tokens that lie wholly inside a span of characters.  Offsets ascend."""
+    first, after = (bisect_left(offsets, edge, key=lambda offset: offset[0]) for edge in span)
+    return [i for i in range(first, after) if offsets[i][1] <= span[1]]

@@ -212,10 +212,7 @@ class DeepSpeedEngine:
 
     def save(self, path: str | Path) -> None:
         """This rank's float32 partition, optimizer state, step and random state."""
-        if self.stage or self.rank == 0:
-            tensors = checkpoint.pack(self._pieces(), self.optimizer)
-        else:
-            tensors = {}
+        tensors = checkpoint.pack(self._pieces(), self.optimizer) if self.stage or self.rank == 0 else {}
         checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors})
 
     def load(self, path: str | Path) -> None:

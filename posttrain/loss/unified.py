@@ -270,9 +270,10 @@ class Objective:
             for key, term in self.regularizers.items():
                 if not (hasattr(term, "gradient") and _applies(term, name)):
                     continue
-                penalty = view.at(term.coef) * view.select(term.gradient(view)) * _regularizer_scale(term, stream, view)
-                _require_finite(penalty, view, f"regulariser {key!r} on stream {name!r}")
-                weight = weight - penalty
+                if (coef := view.at(term.coef)) != 0:
+                    penalty = coef * view.select(term.gradient(view)) * _regularizer_scale(term, stream, view)
+                    _require_finite(penalty, view, f"regulariser {key!r} on stream {name!r}")
+                    weight = weight - penalty
                 if hasattr(term, "value"):
                     metrics[f"{name}/{key}"] = _mean(view, term.value(view))
                 if hasattr(term, "metrics"):

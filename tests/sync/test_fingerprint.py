@@ -33,5 +33,5 @@ def test_known_numbers() -> None:
 
 
 def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot fingerprint torch.int64"):
+    with pytest.raises(ValueError, match=r"cannot fingerprint torch.int64"):
         fingerprint_tensor(torch.ones(2, dtype=torch.int64))
