@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -316,9 +315,11 @@ async def open_stage(
     try:
         with timings.phase("start"):
             console.message(f"starting {'the engines and ' if pool else ''}the learner from {config.model.path}")
-            await asyncio.gather(learner.ready(), *([pool.ready()] if pool else []))
+            await learner.ready()
             if found:
                 await learner.load(str(found[1] / "learner"))
+            if pool:
+                await pool.ready()
         rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
         if config.rollout.kind == "vllm":
             from posttrain.rollout.strategy import Fixed

@@ -116,7 +116,8 @@ def need(row: Mapping[str, Any], number: int, names: Sequence[str], kind: str) -
         return
     present = [name for name in row if name != "meta"] + list(row.get("meta", {}))
     guess = {name: near for name in missing if (near := next((p for p in COMMON.get(name, ()) if p in present), None))}
-    hint = f"try columns={{{', '.join(f'{ours}: {theirs}' for ours, theirs in guess.items())}}}" if guess else f"name them with columns={{{', '.join(f'{name}: <your column>' for name in missing)}}}"
+    shown = guess or dict.fromkeys(missing, "<your column>")
+    hint = ("try" if guess else "name them with") + f" columns={{{', '.join(f'{ours}: {theirs}' for ours, theirs in shown.items())}}}"
     raise DataError(
         f"row {number} cannot be read as {kind}: no column {', '.join(map(repr, missing))} (or it is null); "
         f"the row has: {', '.join(present)}; {hint}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -94,6 +95,9 @@ def _quiet_import(config: EngineConfig) -> Iterator[None]:
     for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}.items():
         os.environ.setdefault(name, value)
     import torch
+
+    if config.device == "cpu" and "torch._dynamo" in sys.modules:  # imported before, so it has read the environment already
+        sys.modules["torch._dynamo"].config.disable = True
 
     keep = {
         name: os.environ.get(name)

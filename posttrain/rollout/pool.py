@@ -229,14 +229,8 @@ class EnginePool:
         import ray
 
         deadline = time.monotonic() + self.start_timeout_s
-        env = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-        if self.config.device == "cpu":
-            env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            if self.config.threads is not None:
-                env["OMP_NUM_THREADS"] = str(self.config.threads)
-        options = {"runtime_env": {"env_vars": env}, **self._options}
         member.version, member.health, held = self.config.version, None, None
-        member.actor = ray.remote(EngineActor).options(**options).remote(self.config, member.name)
+        member.actor = ray.remote(EngineActor).options(**self._options).remote(self.config, member.name)
         member.health = await self._wait(member, member.actor.start.remote(), "starting the engine", deadline, final=True)
         self._pids.append((member.health.host, member.health.pid))
         while held is not self._newest:

@@ -56,7 +56,7 @@ def padded_states(model: torch.nn.Module, given: list[Tensor]) -> Tensor:
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     ],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_to_padded_eager(architecture: str, extra: dict[str, Any], dtype: torch.dtype, tolerance: float, checkpointing: bool) -> None:
     packed, padded = make(architecture, attention.NAME, dtype, **extra), make(architecture, "eager", dtype, **extra)

