@@ -328,7 +328,8 @@ async def open_stage(
             rollout = Engines(pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps)
         held_out = HeldOut(config.eval, pool, rewards, evaluation, sampling_of(config, evaluation=True), config.steps, console.message)
         publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
-        learn = Learn(config.loss, Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch), learner, config.seed)
+        packer = Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch)
+        learn = Learn(config.loss, packer, learner, config.seed, tolerance=_tolerance(config))
         canaries = Canaries(config.check, learner, console.message, patience=2 if config.model.lora else 1)
         reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
         if found:
@@ -371,6 +372,15 @@ async def open_stage(
         for close in closing:
             with contextlib.suppress(Exception):
                 close()
+
+
+def _tolerance(config: RunConfig) -> float:
+    """The mean log-prob gap allowed between engine and learner at the first step."""
+    from posttrain.rollout.mismatch import TOLERANCE
+
+    if config.check.mismatch is not None:
+        return config.check.mismatch
+    return max(TOLERANCE[config.model.dtype], TOLERANCE[config.rollout.dtype or config.model.dtype])
 
 
 def _as_is(items: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ Whether one pass is enough or two are needed is decided here, from what the obje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class Learn:
     packer: Packer
     learner: Any
     seed: int = 0
-    report: Report = field(default_factory=Report)
+    tolerance: float | None = None
+    checked: bool = False
 
     async def learn(self, step: int, items: Sequence[Any], progress: float) -> Accumulator:
         """Take every optimizer step this batch is worth.  Returns the metrics of all of them.
@@ -56,6 +57,7 @@ class Learn:
         if not rows:
             raise ValueError(f"step {step}: nothing is left to learn from ({counted}); look at the rewards, the filters and the data")
         plan = self.packer.plan(rows, needs.keep_whole or "token", seed=self.seed + step, progress=progress)
+        totals.add(await self._agreement(plan.steps[0]))
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
             whole = one.whole.replace(totals=self.objective.totals(one.whole))
@@ -71,6 +73,20 @@ class Learn:
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
             totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
         return totals
+
+    async def _agreement(self, one: Step) -> dict[str, tuple[float, float]]:
+        """At the first step of a run: how far the engine's log-probs are from the learner's on the sampled tokens.
+
+        Raises :class:`posttrain.rollout.mismatch.MismatchError` beyond ``tolerance``, before anything is learnt from them.
+        """
+        if self.checked or self.tolerance is None or "behaviour" not in one.whole.logps:
+            return {}
+        from posttrain.rollout.mismatch import mismatch
+
+        found = mismatch(one.whole.logps["behaviour"], await self._score(one, one.whole, "current"))
+        found.check(self.tolerance)
+        self.checked = True
+        return {name: (value, 1.0) for name, value in found.metrics().items()}
 
     async def _fill(self, one: Step, several: bool) -> Step:
         """Fill the reference columns the objective needs, all before the learner moves.

@@ -229,10 +229,10 @@ class DeepSpeedEngine:
         """Write the float32 masters back into the model's own (low-precision, flat or sharded) storage."""
         zero = self.ds.optimizer
         if self.stage == 3:
+            zero._partition_all_parameters()
             for index in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
             if zero.persistent_parameters:
-                zero.persistent_parameters[0].partition(zero.persistent_parameters)
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         elif self.stage:
             zero.update_lp_params()
