@@ -42,10 +42,10 @@ def launch(stages: dict[str, tuple[RunConfig, str]], composed: str, command: Seq
         (folder.root / "stages").mkdir(exist_ok=True)
         (folder.root / "stages" / f"{name}.yaml").write_text(text)
     summary = Summary(folder.root, command=list(command))
-    signal.signal(signal.SIGTERM, _on_term)
     reason = "finished"
     try:
         with cluster.session(first.cluster, cluster.demand({n: c for n, (c, _) in stages.items()})):
+            signal.signal(signal.SIGTERM, _on_term)  # after Ray, which installs a handler of its own
             asyncio.run(_stages(stages, folder, summary, resumed))
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

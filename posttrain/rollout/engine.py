@@ -53,8 +53,8 @@ class Sampled:
 class EngineConfig:
     """How an engine is built; picklable.
 
-    ``model``: a Hugging Face folder or id.  ``dtype`` is never guessed.  ``kv_cache_gb`` sizes the CPU cache,
-    ``gpu_memory_utilization`` the GPU's.  ``threads``: CPU threads of the engine, null leaves torch's default.  ``version`` is the version of the weights on disk.
+    ``model``: a Hugging Face folder or id.  ``dtype`` is never guessed.  ``kv_cache_gb`` sizes the CPU cache, and
+    ``gpu_memory_utilization`` the GPU's.  ``threads``: CPU threads, null leaves torch's default.  ``version``: of the weights on disk.
     """
 
     model: str
@@ -85,8 +85,7 @@ class EngineConfig:
 
 @contextlib.contextmanager
 def _quiet_import(config: EngineConfig) -> Iterator[None]:
-    """vLLM reads the environment while it is imported and built, and writes to it: set what it must see, put back what it must not
-    leave."""
+    """vLLM reads the environment while it is built, and writes to it: set what it must see, put back what it must not leave."""
     required = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if config.device == "cpu":
         required |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -99,10 +98,8 @@ def _quiet_import(config: EngineConfig) -> Iterator[None]:
     if config.device == "cpu" and "torch._dynamo" in sys.modules:  # imported before, so it has read the environment already
         sys.modules["torch._dynamo"].config.disable = True
 
-    keep = {
-        name: os.environ.get(name)
-        for name in ("LD_PRELOAD", "OMP_NUM_THREADS", "NUMEXPR_MAX_THREADS", "LOCAL_WORLD_SIZE", "VLLM_DIST_IDENT")
-    }
+    names = ("LD_PRELOAD", "OMP_NUM_THREADS", "NUMEXPR_MAX_THREADS", "LOCAL_WORLD_SIZE", "VLLM_DIST_IDENT")
+    keep = {name: os.environ.get(name) for name in names}
     set_num_threads, generator = torch.set_num_threads, torch.get_rng_state()
     try:
         yield
@@ -116,8 +113,7 @@ def _quiet_import(config: EngineConfig) -> Iterator[None]:
 
 
 class VllmEngine:
-    """An in-process vLLM engine.  ``version`` is that of the weights it holds; ``None`` after a failed update, and then it refuses to
-    sample."""
+    """An in-process vLLM engine.  ``version``: of the weights it holds; ``None`` after a failed update, when it refuses to sample."""
 
     num_open = 0
 
