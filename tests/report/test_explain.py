@@ -58,7 +58,7 @@ def test_a_mixture_shows_its_schedule() -> None:
 
 
 def idle(name: str, *overrides: str, advantage: Any = None, **facts: Any) -> list[str]:
-    return settings_that_cannot_act(load(name, overrides), advantage, **facts)
+    return settings_that_cannot_act(composed(name, overrides), advantage, **facts)
 
 
 def test_a_clip_cannot_act_with_one_on_policy_update() -> None:
