@@ -54,6 +54,10 @@ class EngineActor:
         return await self.health()
 
     @property
+    def _waiting(self) -> int:
+        return sum(not f.done() for f in self._futures.values())
+
+    @property
     def _held(self) -> VllmEngine:
         assert self._engine is not None, "call start() first"
         return self._engine
@@ -61,8 +65,9 @@ class EngineActor:
     async def _run(self, function: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*args))
 
-    async def sample(self, requests: Sequence[Request], expect_version: int | None = None) -> list[Sampled]:
-        """Draw every request and return them in order.  Calls may overlap: their requests share the engine's batch."""
+    async def submit(self, requests: Sequence[Request], expect_version: int | None = None) -> None:
+        """Queue requests and return; ``result`` hands out the answers.  One call is one batch: its requests enter the engine together and
+        in order, so a run that is repeated repeats its batches.  Calls may overlap and then share the engine's batch."""
         if clash := {r.id for r in requests} & self._futures.keys():
             raise ValueError(f"request id {min(clash)!r} is already running; ids must be unique")
         futures = [asyncio.get_running_loop().create_future() for _ in requests]
@@ -75,7 +80,19 @@ class EngineActor:
             raise
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
-        return list(await asyncio.gather(*futures))
+
+    async def result(self, ids: Sequence[str]) -> list[Sampled]:
+        """The answers to submitted requests, in order, once all of them are finished; each is handed out once."""
+        try:
+            return list(await asyncio.gather(*(self._futures[i] for i in ids)))
+        finally:
+            for i in ids:
+                self._futures.pop(i, None)
+
+    async def sample(self, requests: Sequence[Request], expect_version: int | None = None) -> list[Sampled]:
+        """Draw every request and return them in order."""
+        await self.submit(requests, expect_version)
+        return await self.result([r.id for r in requests])
 
     async def _drive(self) -> None:
         self.phase = "sampling"
@@ -87,13 +104,13 @@ class EngineActor:
             for future in self._futures.values():
                 if not future.done():
                     future.set_exception(error)
-            self._futures.clear()
+                    future.exception()  # whoever waits gets it; nobody waiting is not worth a warning
         finally:
             self.phase = "idle"
 
     def _resolve(self, finished: Sequence[Sampled]) -> None:
         for sampled in finished:
-            future = self._futures.pop(sampled.id, None)
+            future = self._futures.get(sampled.id)
             if future is not None and not future.done():
                 future.set_result(sampled)
 
@@ -113,7 +130,7 @@ class EngineActor:
         try:
             await self._run(self._held.load_weights, version, buckets, fingerprint, running)
         finally:
-            self.phase = "sampling" if self._futures else "idle"
+            self.phase = "sampling" if self._waiting else "idle"
 
     async def version(self) -> int | None:
         return self._held.version
@@ -124,7 +141,7 @@ class EngineActor:
     async def health(self) -> Health:
         """Answers at once, also while the engine works."""
         version = None if self._engine is None else self._engine.version
-        return Health(self.name, socket.gethostname(), os.getpid(), version, len(self._futures), self.phase, self.steps)
+        return Health(self.name, socket.gethostname(), os.getpid(), version, self._waiting, self.phase, self.steps)
 
     async def close(self) -> None:
         if self._engine is not None:

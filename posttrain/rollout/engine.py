@@ -151,7 +151,8 @@ class VllmEngine:
                 "load_format": "safetensors",
             }
             if config.device == "cpu":
-                args |= {"load_format": register_plain_loader(), "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30)}
+                # a prompt computed in pieces must rewind its random stream after each, which CPU generators cannot do
+                args |= {"load_format": register_plain_loader(), "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30), "enable_chunked_prefill": False}
             else:
                 args |= {"gpu_memory_utilization": config.gpu_memory_utilization}
             self._engine = LLMEngine.from_engine_args(EngineArgs(**args))

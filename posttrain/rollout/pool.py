@@ -118,7 +118,8 @@ class EnginePool:
             start = first + n * seen[prompt.id]
             seen[prompt.id] += 1
             jobs.append([self._request(prompt, step, i, sampling) for i in range(start, start + n)])
-        answers = await _all(self._draw(job, deadline, step) for job in jobs)
+        found = await self._draw(dict(enumerate(jobs)), deadline, step)
+        answers = [found[i] for i in range(len(jobs))]
         return [
             Group(prompt, tuple(self._rollout(prompt, request, sampled) for request, sampled in zip(job, answer, strict=True)))
             for prompt, job, answer in zip(prompts, jobs, answers, strict=True)
@@ -176,25 +177,48 @@ class EnginePool:
         told = replace(prompt, meta={**prompt.meta, **meta}) if meta else prompt
         return Rollout(request.id, told, segments, sampled.finish, request.sampling, self.decode(sampled.ids) if sampled.ids else "")
 
-    async def _draw(self, requests: Sequence[Request], deadline: float, step: int) -> list[Sampled]:
-        """One group, on the engine with the least to do, and on another when that one dies."""
-        cost = sum(r.sampling.max_tokens for r in requests) + len(requests[0].ids) if requests else 0
-        while True:
-            member = min((m for m in self._members if m.alive), key=lambda m: m.load, default=None)
-            if member is None:
-                await self._any_alive()
-                continue
-            member.load += cost
-            member.queue += len(requests)
-            actor = member.actor
-            try:
-                return await self._wait(member, actor.sample.remote(list(requests), member.version), f"sampling step {step}", deadline)
-            except EngineDied:
-                self._retried += 1
-                self._bury(member, actor)
-            finally:
-                member.load -= cost
-                member.queue -= len(requests)
+    async def _draw(self, jobs: Mapping[int, list[Request]], deadline: float, step: int) -> dict[int, list[Sampled]]:
+        """Every group, shared out over the engines that are up: one batch each, the groups of equal cost in order, so that equal calls make
+        equal batches.  A group whose engine dies before it is finished is drawn again on the others."""
+        if not jobs:
+            return {}
+        while not (alive := [m for m in self._members if m.alive]):
+            await self._any_alive()
+        shares: list[dict[int, list[Request]]] = [{} for _ in alive]
+        load = [m.load for m in alive]
+        for i, job in sorted(jobs.items(), key=lambda item: -_cost(item[1])):
+            least = load.index(min(load))
+            shares[least][i] = job
+            load[least] += _cost(job)
+        parts = await _all(self._share(m, share, deadline, step) for m, share in zip(alive, shares, strict=True) if share)
+        return {i: answer for part in parts for i, answer in part.items()}
+
+    async def _share(self, member: Member, jobs: Mapping[int, list[Request]], deadline: float, step: int) -> dict[int, list[Sampled]]:
+        """One engine's batch: handed over in one call, its groups collected as they finish."""
+        actor, phase = member.actor, f"sampling step {step}"
+        requests = [r for job in jobs.values() for r in job]
+        cost = sum(map(_cost, jobs.values()))
+        member.load += cost
+        member.queue += len(requests)
+        done: dict[int, list[Sampled]] = {}
+
+        async def group(i: int) -> None:
+            with contextlib.suppress(EngineDied):
+                done[i] = await self._wait(member, actor.result.remote([r.id for r in jobs[i]]), phase, deadline)
+
+        try:
+            with contextlib.suppress(EngineDied):
+                await self._wait(member, actor.submit.remote(requests, member.version), phase, deadline)
+                await _all(group(i) for i in jobs)
+        finally:
+            member.load -= cost
+            member.queue -= len(requests)
+        lost = {i: job for i, job in jobs.items() if i not in done}
+        if lost:
+            self._retried += len(lost)
+            self._bury(member, actor)
+            done |= await self._draw(lost, deadline, step)
+        return done
 
     # -- life and death ------------------------------------------------------------------------------------------------
     def _ensure(self, member: Member) -> None:
@@ -242,6 +266,7 @@ class EnginePool:
         call = actor.load_weights.remote(version, list(buckets), fingerprint)
         await self._wait(member, call, f"publishing version {version}", deadline, final=True)
         member.version = version
+        member.health = member.health and replace(member.health, version=version)
 
     async def _update(self, member: Member, deadline: float) -> None:
         actor = member.actor
@@ -301,6 +326,11 @@ class EnginePool:
             return f"{member}; it does not answer a health check either (no free resources to place it, or its process hangs)"
         said = f"phase {health.phase!r}, version {health.version}, {health.queue} requests, {health.steps} engine steps so far"
         return f"{member}; it says: {said}"
+
+
+def _cost(requests: Sequence[Request]) -> int:
+    """Tokens a group may still take."""
+    return sum(r.sampling.max_tokens for r in requests) + (len(requests[0].ids) if requests else 0)
 
 
 async def _resolve(ref: Any) -> Any:

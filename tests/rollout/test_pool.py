@@ -27,16 +27,21 @@ class Verb:
 
 class FakeEngine:
     def __init__(self, name):
-        self.name, self.version, self.calls, self.broken, self.slow = name, 0, [], None, 0.0
-        self.sample, self.load_weights, self.health = Verb(self._sample), Verb(self._load), Verb(self._health)
+        self.name, self.version, self.calls, self.broken, self.slow, self.finished = name, 0, [], None, 0.0, 10**9
+        self.submit, self.result = Verb(self._submit), Verb(self._result)
+        self.load_weights, self.health = Verb(self._load), Verb(self._health)
 
-    async def _sample(self, requests, expect_version):
+    async def _submit(self, requests, expect_version):
         assert expect_version == self.version
         self.calls.append([r.id for r in requests])
+
+    async def _result(self, ids):
+        """``finished`` groups are answered before it breaks."""
         await asyncio.sleep(self.slow)
-        if self.broken:
+        self.finished -= 1
+        if self.broken and self.finished < 0:
             raise self.broken
-        return [Sampled(r.id, (7, 8), (-0.5, -1.5), "stop", self.version, ((self.version, 0, 2),)) for r in requests]
+        return [Sampled(i, (7, 8), (-0.5, -1.5), "stop", self.version, ((self.version, 0, 2),)) for i in ids]
 
     async def _load(self, version, buckets, fingerprint):
         if self.broken:
@@ -112,17 +117,25 @@ async def test_a_group_continued_and_a_prompt_drawn_twice_keep_ids_unique():
 async def test_work_is_shared_evenly():
     pool = FakePool(num_engines=4)
     await pool.sample(PROMPTS, 2, Sampling(), step=0)
-    assert [len(e.calls) for e in pool.booted] == [2, 2, 2, 2]
+    assert [[len(call) for call in e.calls] for e in pool.booted] == [[4], [4], [4], [4]], "one batch of two groups each"
+
+
+async def test_equal_calls_make_equal_batches():
+    pool, again = FakePool(num_engines=3), FakePool(num_engines=3)
+    for each in (pool, again):
+        await each.sample(PROMPTS, 3, Sampling(), step=0)
+        await each.sample(PROMPTS, 2, Sampling(), step=1)
+    assert [e.calls for e in pool.booted] == [e.calls for e in again.booted]
 
 
 async def test_a_dead_engine_is_replaced_and_its_groups_drawn_elsewhere(no_ray):
     pool = FakePool()
     await pool.publish(3, ["bucket"], None)
     victim = pool.booted[0]
-    victim.broken, victim.slow = dead(), 0.01
+    victim.broken, victim.slow, victim.finished = dead(), 0.01, 1
     groups = await pool.sample(PROMPTS, 2, Sampling(), step=0)
     assert [g.id for g in groups] == list("abcdefgh") and victim.calls and victim in no_ray
-    assert pool.metrics() == {"rollout/engines": 1.0, "rollout/engine_deaths": 1.0, "rollout/retried_groups": float(len(victim.calls))}
+    assert pool.metrics() == {"rollout/engines": 1.0, "rollout/engine_deaths": 1.0, "rollout/retried_groups": 3.0}, "what was finished is kept"
     await pool.ready()
     assert len(pool.booted) == 3 and pool.booted[2].version == 3, "the new engine must hold the newest weights"
 
@@ -130,7 +143,7 @@ async def test_a_dead_engine_is_replaced_and_its_groups_drawn_elsewhere(no_ray):
 async def test_the_only_engine_dies():
     pool = FakePool(num_engines=1)
     await pool.ready()
-    pool.booted[0].broken = dead()
+    pool.booted[0].broken, pool.booted[0].finished = dead(), 0
     groups = await pool.sample(PROMPTS, 1, Sampling(), step=0)
     assert len(groups) == 8 and len(pool.booted) == 2
 
@@ -139,7 +152,7 @@ async def test_an_engine_that_keeps_dying_stops_the_run():
     class Cursed(FakePool):
         async def _boot(self, member):
             await super()._boot(member)
-            member.actor.broken = dead()
+            member.actor.broken, member.actor.finished = dead(), 0
 
     with pytest.raises(RolloutError, match=r"engine 0 .* died 3 times, last with: .*out of memory.*kv_cache_gb"):
         await Cursed(num_engines=1, max_restarts=2).sample(PROMPTS, 1, Sampling(), step=0)
@@ -148,6 +161,7 @@ async def test_an_engine_that_keeps_dying_stops_the_run():
 async def test_a_crash_inside_vllm_counts_as_a_death():
     pool = FakePool()
     await pool.ready()
+    pool.booted[0].finished = 0
     pool.booted[0].broken = RayTaskError("step", "traceback", MemoryError("cache"))
     assert len(await pool.sample(PROMPTS, 1, Sampling(), step=0)) == 8
     assert pool.metrics()["rollout/engine_deaths"] == 1
