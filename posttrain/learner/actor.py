@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,13 @@ def add_metrics(parts: Sequence[Metrics]) -> Metrics:
 
 
 class LearnerActor:
-    """One rank.  Its methods run one at a time; ``status`` answers beside them (its own concurrency group)."""
+    """One rank.  Its methods run one at a time; ``status`` answers beside them (its own concurrency group).
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    ``env`` is set before anything that reads it is imported (deepspeed, torch's compiler) or started (CUDA).
+    """
+
+    def __init__(self, rank: int, world_size: int, env: Mapping[str, str]) -> None:
+        os.environ |= env
         self.rank, self.world_size = rank, world_size
         self.phase, self.since, self.version = "starting", time.monotonic(), -1
         self.engine: Any = None
@@ -219,15 +223,9 @@ class LearnerGroup:
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "LOCAL_RANK": "0"}
         if not self.num_gpus:
             env |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        remote = ray.remote(concurrency_groups={"status": 1})(LearnerActor)
-        options = {
-            "num_cpus": 0,
-            "num_gpus": self.num_gpus,
-            "max_concurrency": 1,
-            "runtime_env": {"env_vars": env},
-        }
+        remote = ray.remote(concurrency_groups={"status": 1}, num_cpus=0, num_gpus=self.num_gpus, max_concurrency=1)(LearnerActor)
         name = uuid.uuid4().hex[:8]
-        self.actors = [remote.options(**options, name=f"learner-{name}-{rank}").remote(rank, size) for rank in range(size)]
+        self.actors = [remote.options(name=f"learner-{name}-{rank}").remote(rank, size, env) for rank in range(size)]
         deadline = time.monotonic() + self.start_timeout_s
         meeting = (await self._gather("choosing a port", [self.actors[0].address.remote()], deadline))[0] if size > 1 else None
         calls = [
@@ -314,7 +312,7 @@ class LearnerGroup:
         """All answers; the first failure ends the wait, because the other ranks may then wait for the failed one for ever."""
         from ray.exceptions import RayActorError, RayTaskError
 
-        limit = (deadline if deadline is not None else time.monotonic() + self.cfg.timeout_s) - time.monotonic()
+        limit = self.cfg.timeout_s if deadline is None else max(deadline - time.monotonic(), 0.0)
         tasks = {asyncio.ensure_future(_resolve(call)): rank for rank, call in enumerate(calls)}
         pending = set(tasks)
         end = time.monotonic() + limit

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ async def test_not_started(tiny: str) -> None:
     group(tiny).close()
 
 
+def surroundings(_: Any) -> tuple[str, bool, int, str, bool]:
+    """What the environment of a CPU rank has led to, in the libraries that read it."""
+    import os
+
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name(), torch.compile(surroundings) is surroundings, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], torch.cuda.is_available()
+
+
+async def inside(learner: LearnerGroup, look: Callable[[Any], Any], rank: int = 0) -> Any:
+    """``look(actor)``, called in the process of a rank."""
+    return await learner.actors[rank].__ray_call__.remote(look)
+
+
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[Any]:
     from posttrain.cluster import session
@@ -70,6 +86,7 @@ async def test_two_ranks(tiny: str, tmp_path: Path, ray_session: Any) -> None:
     try:
         status = await learner.ready()
         assert [s["rank"] for s in status] == [0, 1] and len({s["pid"] for s in status}) == 2
+        assert await inside(learner, surroundings, rank=1) == ("cpu", True, 1, "1", False)
         for _ in range(2):
             # three micro-batches on two ranks: the second rank runs an empty one
             report = await learner.step(micro_batches())
@@ -109,12 +126,16 @@ async def test_two_ranks(tiny: str, tmp_path: Path, ray_session: Any) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 async def test_deadline_and_death(tiny: str, ray_session: Any) -> None:
-    """A wait that is too long names phase, rank, host and version; a dead rank is an error at once."""
+    """A wait that is too long names phase, rank, host and version, also while the rank is busy; a dead rank is an error at once."""
     learner = group(tiny, world_size=1, engine="torch", zero_stage=0)
     try:
         await learner.ready()
         learner.cfg.timeout_s = 0.0
-        with pytest.raises(LearnerError, match=r"learning: rank 0 of 1 gave no answer within 0 s; on host \S+ \(pid \d+\) it has been .* last version -1"):
+        with pytest.raises(LearnerError, match=r"publishing version 3: rank 0 of 1 gave no answer within 0 s; on host \S+ \(pid \d+\) it has been "):
+            await learner.publish(3)
+        await inside(learner, lambda actor: setattr(actor.engine, "forward_backward", lambda *_, **__: time.sleep(600)))
+        learner.cfg.timeout_s = 1.0
+        with pytest.raises(LearnerError, match=r"within 1 s; .* it has been 'learning, micro-batch 1 of 3' for \d+\.\d s; last version 3"):
             await learner.step(micro_batches())
         learner.cfg.timeout_s = 60.0
         ray_session.kill(learner.actors[0], no_restart=True)
