@@ -23,7 +23,7 @@ from posttrain.mixture.gate import PassThrough
 from posttrain.records import Group, Sampling
 from posttrain.report.reporter import Reporter
 from posttrain.update import Learn
-from posttrain.watchdog import Timings
+from posttrain.watchdog import Timings, together
 
 
 @dataclass
@@ -315,11 +315,9 @@ async def open_stage(
     try:
         with timings.phase("start"):
             console.message(f"starting {'the engines and ' if pool else ''}the learner from {config.model.path}")
-            await learner.ready()
+            await together(stage.ready() for stage in (learner, pool) if stage is not None)
             if found:
                 await learner.load(str(found[1] / "learner"))
-            if pool:
-                await pool.ready()
         rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
         if config.rollout.kind == "vllm":
             from posttrain.rollout.strategy import Fixed
@@ -330,12 +328,13 @@ async def open_stage(
         publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
         packer = Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch)
         learn = Learn(config.loss, packer, learner, config.seed, tolerance=_tolerance(config))
-        canaries = Canaries(config.check, learner, console.message, patience=2 if config.model.lora else 1)
+        canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1)
         reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
         if found:
             remembered = checkpoint.read_controller(found[1])
             rollout.load(remembered["rollout"])
             gate.load(remembered["gate"])
+            reporter.alarms.load_state_dict(remembered["alarms"])
             canaries.moved = True
             if pool:
                 refs, fingerprint = await learner.publish(start)
@@ -354,7 +353,7 @@ async def open_stage(
             checkpoint=checkpoint.Checkpointer(
                 checkpoints,
                 learner,
-                lambda: {"gate": gate.state, "rewards": rewards.budget.state_dict() if rewards else None},
+                lambda: {"gate": gate.state, "alarms": reporter.alarms.state_dict()},
                 config.checkpoint.every,
                 config.checkpoint.keep,
                 config.steps,

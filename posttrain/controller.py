@@ -112,7 +112,7 @@ async def train(run: Run) -> None:
             async with run.published:
                 run.version = step + 1
                 run.published.notify_all()
-            await run.canaries.after(step, items, totals)
+            await run.canaries.after(step, totals)
             metrics = {**experience.metrics, **totals.result(), "rollout/staleness": float(staleness)}
             metrics |= await run.evaluate.after(run, step + 1)
             run.report.step(step, metrics, items)

@@ -192,6 +192,11 @@ class Accumulator:
         for name, values in other._values.items():
             self.observe(name, values)
 
+    @property
+    def pairs(self) -> dict[str, tuple[float, float]]:
+        """What was added so far, still in a form that can be added."""
+        return dict(self._pairs)
+
     def result(self) -> dict[str, float]:
         """One number per metric."""
         pairs = dict(self._pairs)

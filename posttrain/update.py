@@ -57,36 +57,35 @@ class Learn:
         if not rows:
             raise ValueError(f"step {step}: nothing is left to learn from ({counted}); look at the rewards, the filters and the data")
         plan = self.packer.plan(rows, needs.keep_whole or "token", seed=self.seed + step, progress=progress)
-        totals.add(await self._agreement(plan.steps[0]))
+        await self._agreement(plan.steps[0])
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
             whole = one.whole.replace(totals=self.objective.totals(one.whole))
-            weights = None
+            weights, overall = None, {}
             if needs.keep_whole and (one.cut or needs.coupling == "batch"):
                 current = await self._score(one, whole, "current")
-                weights = self.objective.weights(whole.replace(fresh=False) if "old" in whole.logps else whole, current)
+                weights, overall = self.objective.weigh(whole.replace(fresh=False) if "old" in whole.logps else whole, current)
             micro = one.micro_batches(whole)
             sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
             report = await self.learner.step(micro, sliced)
-            totals.add(report.metrics)
+            totals.add({**report.metrics, **overall})
             totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
             totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
         return totals
 
-    async def _agreement(self, one: Step) -> dict[str, tuple[float, float]]:
+    async def _agreement(self, one: Step) -> None:
         """At the first step of a run: how far the engine's log-probs are from the learner's on the sampled tokens.
 
         Raises :class:`posttrain.rollout.mismatch.MismatchError` beyond ``tolerance``, before anything is learnt from them.
         """
         if self.checked or self.tolerance is None or "behaviour" not in one.whole.logps:
-            return {}
+            return
         from posttrain.rollout.mismatch import mismatch
 
         found = mismatch(one.whole.logps["behaviour"], await self._score(one, one.whole, "current"))
         found.check(self.tolerance)
         self.checked = True
-        return {name: (value, 1.0) for name, value in found.metrics().items()}
 
     async def _fill(self, one: Step, several: bool) -> Step:
         """Fill the reference columns the objective needs, all before the learner moves.

@@ -14,7 +14,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,3 +186,14 @@ class Timings:
         """Since the last call of this method, per phase: called once per step, it is the step's own time."""
         recent, self._recent = self._recent, {}
         return recent
+
+
+async def together(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Gather; when one fails the others are cancelled instead of being left running."""
+    tasks = [asyncio.create_task(w) for w in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from posttrain.metrics import Accumulator
 from posttrain.records import TokenBatch
 
 Metrics = dict[str, tuple[float, float]]
@@ -35,13 +36,11 @@ class StepReport:
 
 
 def add_metrics(parts: Sequence[Metrics]) -> Metrics:
-    """Add (sum, count) pairs by name."""
-    total: Metrics = {}
+    """Add (sum, count) pairs by name, as each metric's declaration says."""
+    total = Accumulator()
     for part in parts:
-        for name, (value, count) in part.items():
-            before = total.get(name, (0.0, 0.0))
-            total[name] = (before[0] + value, before[1] + count)
-    return total
+        total.add(part)
+    return total.pairs
 
 
 class LearnerActor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from posttrain.learner.forward import PolicyModule, forward
 from posttrain.learner.model import is_lora, load_model
 from posttrain.records import TokenBatch
+from posttrain.rollout.mismatch import sums
 
 Metrics = dict[str, tuple[float, float]]
 
@@ -97,7 +98,8 @@ class Core:
         found = self.objective(padded, logp=logp, columns=columns, weights=None if weights is None else weights.to(self.device))
         if not bool(torch.isfinite(found.loss)):
             raise FloatingPointError(f"the loss of this micro-batch is {float(found.loss)}; samples {', '.join(batch.sample_ids[:4])}")
-        return found.loss + silent, found.metrics
+        measured = sums(padded.logps["behaviour"], logp.detach()) if batch.fresh and "behaviour" in padded.logps else {}
+        return found.loss + silent, {**found.metrics, **measured}
 
 
 def placeholder(batch: TokenBatch) -> TokenBatch:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from posttrain.alarms import Alarms, ConstantReward, default_rules
+from posttrain.canary import CanaryError
 from posttrain.config import RunConfig
 from posttrain.folder import RunFolder
+from posttrain.metrics import repetition
 from posttrain.records import Group, Rollout
 
 
@@ -24,7 +27,13 @@ class Reporter:
     timings: Any
     start: int
     last: dict[str, float] = field(default_factory=dict)
+    alarms: Alarms = field(init=False)
     _since: float = 0.0
+
+    def __post_init__(self) -> None:
+        steps = self.config.check.constant_reward_steps
+        rules = [ConstantReward(steps) if isinstance(rule, ConstantReward) else rule for rule in default_rules()]
+        self.alarms = Alarms([rule for rule in rules if steps or not isinstance(rule, ConstantReward)])
 
     def __enter__(self) -> Reporter:
         from posttrain.tracking import CompletionsWriter, open_trackers
@@ -64,6 +73,10 @@ class Reporter:
         if rollouts and tracking.completions_every and step % tracking.completions_every == 0:
             limit = None if tracking.completions_per_step < 0 else tracking.completions_per_step
             self.completions.write(step + 1, rollouts[:limit])
+        for alarm in self.alarms.check(step + 1, shown):
+            if self.config.check.alarm == "stop":
+                raise CanaryError(f"{alarm.text} (check.alarm=warn only tells)")
+            self.console.message(f"alarm: {alarm.text}")
         self.console.step(step + 1, shown, rollouts[: tracking.console_samples])
 
 
@@ -76,6 +89,7 @@ def _rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     out = {
         "rollout/tokens_mean": sum(lengths) / len(lengths),
         "rollout/tokens_max": float(lengths[-1]),
+        "rollout/repetition": sum(repetition([i for s in r.segments for i in s.ids]) for r in rollouts) / len(rollouts),
         "rollout/truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
     }
     if rewards:

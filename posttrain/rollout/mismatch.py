@@ -76,6 +76,19 @@ def mismatch(behaviour: Tensor, learner: Tensor, where: Sequence[str] | None = N
     )
 
 
+def sums(behaviour: Tensor, learner: Tensor) -> dict[str, tuple[float, float]]:
+    """The numbers of :class:`Mismatch` over one micro-batch as (sum, count) pairs, to be added up; ``{}`` when nothing was sampled."""
+    both = ~(behaviour.isnan() | learner.isnan())
+    n = float(both.sum())
+    if not n:
+        return {}
+    d = (learner[both] - behaviour[both]).double()
+    gap = d.abs()
+    totals = {"mean_abs": gap.sum(), "mean_exp_abs": gap.exp().sum(), "k1": -d.sum(), "k3": (d.exp() - 1 - d).sum()}
+    pairs = {f"mismatch/{name}": (float(value), n) for name, value in totals.items()}
+    return pairs | {"mismatch/tokens": (n, 0.0), "mismatch/max_abs": (float(gap.max()), n)}
+
+
 def compare_rollouts(rollouts: Iterable[Rollout], learner: Sequence[Sequence[float]]) -> Mismatch:
     """``learner[i]`` holds the learner's log-probs of all policy tokens of ``rollouts[i]``, in order."""
     behaviour, other, where = [], [], []

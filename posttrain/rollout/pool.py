@@ -12,7 +12,7 @@ import contextlib
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from posttrain.records import Group, Prompt, Rollout, Sampling, Segment, Source
 from posttrain.rollout.actor import EngineActor, Health
 from posttrain.rollout.engine import EngineConfig, Request, Sampled
 from posttrain.sync.base import SyncError
+from posttrain.watchdog import together
 
 HEALTH_S = 5.0
 
@@ -135,7 +136,7 @@ class EnginePool:
         self._newest = (version, buckets, fingerprint)
         await self._any_alive()
         deadline = time.monotonic() + self.timeout_s
-        await _all(self._update(member, deadline) for member in self._members if member.alive)
+        await together(self._update(member, deadline) for member in self._members if member.alive)
 
     def close(self) -> None:
         """End every engine's process and wait until it is gone."""
@@ -190,7 +191,7 @@ class EnginePool:
             least = load.index(min(load))
             shares[least][i] = job
             load[least] += _cost(job)
-        parts = await _all(self._share(m, share, deadline, step) for m, share in zip(alive, shares, strict=True) if share)
+        parts = await together(self._share(m, share, deadline, step) for m, share in zip(alive, shares, strict=True) if share)
         return {i: answer for part in parts for i, answer in part.items()}
 
     async def _share(self, member: Member, jobs: Mapping[int, list[Request]], deadline: float, step: int) -> dict[int, list[Sampled]]:
@@ -209,7 +210,7 @@ class EnginePool:
         try:
             with contextlib.suppress(EngineDied):
                 await self._wait(member, actor.submit.remote(requests, member.version), phase, deadline)
-                await _all(group(i) for i in jobs)
+                await together(group(i) for i in jobs)
         finally:
             member.load -= cost
             member.queue -= len(requests)
@@ -335,17 +336,6 @@ def _cost(requests: Sequence[Request]) -> int:
 
 async def _resolve(ref: Any) -> Any:
     return await ref
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Gather; when one fails the others are cancelled instead of being left running."""
-    tasks = [asyncio.create_task(w) for w in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _runs(pid: int) -> bool:

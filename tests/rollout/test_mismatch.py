@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from posttrain.metrics import Accumulator
 from posttrain.records import Prompt, Rollout, Segment, Source
-from posttrain.rollout.mismatch import MismatchError, compare_rollouts, mismatch
+from posttrain.rollout.mismatch import MismatchError, compare_rollouts, mismatch, sums
 
 
 def test_numbers_by_hand():
@@ -15,6 +16,17 @@ def test_numbers_by_hand():
     assert found.k1 == pytest.approx(0.25 / 3)
     assert found.k3 == pytest.approx((math.exp(-0.5) - 1 + 0.5 + math.exp(0.25) - 1 - 0.25) / 3)
     assert found.metrics()["mismatch/k3"] == found.k3 and found.metrics()["mismatch/tokens"] == 3.0
+
+
+def test_micro_batches_add_up_to_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    engine = -torch.rand(12, generator=generator)
+    learner = engine + 0.3 * torch.randn(12, generator=generator)
+    engine[4] = math.nan
+    added = Accumulator()
+    for part in (slice(0, 5), slice(5, 6), slice(6, 12), slice(4, 5)):
+        added.add(sums(engine[part], learner[part]))
+    assert added.result() == pytest.approx(mismatch(engine, learner).metrics())
 
 
 def test_k1_and_k3_estimate_the_divergence():
