@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -227,4 +229,10 @@ CASES: dict[str, Case] = {
     ),
     "decoupled ppo": Case("ppo", naive.decoupled_ppo, NORM, (BEHAVIOUR,), (naive.ppo,)),
 }
-"""What is compared.  Every file of ``configs/loss`` appears under its own name."""
+"""What is compared.  Every file of ``configs/loss`` appears under its own name.  Families of methods add theirs in ``families/``."""
+
+for _found in sorted(Path(__file__).with_name("families").glob("[a-z]*.py")):
+    _cases = import_module(f"tests.loss.families.{_found.stem}").CASES
+    if _twice := CASES.keys() & _cases.keys():
+        raise ValueError(f"{_found.name}: {sorted(_twice)[0]!r} is compared already")
+    CASES |= _cases
