@@ -52,7 +52,7 @@ class Engines:
             return [self.prompts[i] for i in self.sampler.next(count)]
 
         groups, report = await collect(self.strategy, draw, sample, score, self.prompts_per_step, step)
-        return list(groups), {**report, **self.reward.metrics}
+        return list(groups), {**report, **self.reward.metrics, **self.pool.metrics()}
 
     @property
     def state(self) -> dict[str, Any]:
