@@ -142,12 +142,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Demo:
-    """A given text to learn from: prompt and answer tokens as segments, in order."""
+    """A given text to learn from: prompt and answer tokens as segments, in order.  ``rewards``: what is known about it, by name (``label``:
+    how good it is, from 0 to 1; ``score``; ``margin``)."""
 
     id: str
     segments: tuple[Segment, ...]
     weight: float = 1.0
     prompt: Prompt | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ class TokenBatch:
     ===============  =========  ==========================================================================================
 
     ``progress`` in [0, 1] drives schedules.  ``fresh`` says that the learner has not moved since ``old`` would have been taken, so an absent
-    ``old`` *is* the current policy.  ``totals`` are those of the whole optimizer step and survive every slice.
+    ``old`` *is* the current policy.  ``totals`` are those of the whole optimizer step and survive every slice.  ``contexts`` names what a
+    sequence is scored under, when that is not what it was made under.  ``memory`` holds numbers that terms carry from step to step.
     """
 
     input_ids: Tensor
@@ -271,6 +274,7 @@ class TokenBatch:
     progress: float = 0.0
     fresh: bool = True
     totals: Totals | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
 
     # -- shape ---------------------------------------------------------------------------------------------------------
     @property

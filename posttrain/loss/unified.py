@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from posttrain.loss.view import Level, Metrics, TokenView
+from posttrain.loss.view import Level, Metrics, TokenView, memory_key
 from posttrain.mixture.schedule import Scalar
 from posttrain.records import Source, StreamTotals, TokenBatch, Totals
 
@@ -32,7 +32,9 @@ class Term(Protocol):
     ``coupling``: ``token`` | ``sequence`` | ``group`` | ``batch``, the widest set of tokens one of its numbers depends on.
     ``live``: whether those numbers can be known only when the weights are formed: they read the *current* log-probabilities, or count over
     a group or the batch.  Live and coupled wider than a sequence means: keep the set whole, or take two passes. ``needs``: reference
-    columns it reads.  ``formula``: its factor as text, for ``posttrain explain``.
+    columns it reads.  ``formula``: its factor as text, for ``posttrain explain``.  ``contexts``: scoring contexts whose rows it reads beside
+    the stream's own (``TokenView.beside``).  ``remember(view) -> {name: number}`` (optional): what it carries on to the next step, read back
+    with ``TokenView.recall``; such a term is live and coupled over the batch.
     """
 
 
@@ -83,15 +85,17 @@ class Regularizer(Protocol):
 
 
 def declared(term: Any, name: str) -> Any:
-    """A term's declaration, or its default: coupling ``token``, not live, no reference columns."""
-    return getattr(term, name, {"coupling": "token", "live": False, "needs": frozenset(), "column": None}[name])
+    """A term's declaration, or its default: coupling ``token``, not live, no reference columns, no other contexts."""
+    defaults = {"coupling": "token", "live": False, "needs": frozenset(), "column": None, "contexts": frozenset()}
+    return getattr(term, name, defaults[name])
 
 
 @dataclass(frozen=True)
 class Stream:
     """One kind of data and the four words that say how it is learnt from.
 
-    ``source`` selects tokens by where they came from; ``paired`` restricts to sequences inside (True) or outside (False) a preference pair.
+    ``source`` selects tokens by where they came from; ``paired`` restricts to sequences inside (True) or outside (False) a preference pair,
+    ``side`` to the ``chosen`` or the ``rejected`` ones, ``context`` to those scored under that context (the rows' own one has no name).
     ``coef`` scales the whole stream and may be a schedule.
     """
 
@@ -103,8 +107,14 @@ class Stream:
     masks: Mapping[str, Any] = field(default_factory=dict)
     coef: Scalar = 1.0
     paired: bool | None = None
+    side: Literal["chosen", "rejected"] | None = None
+    context: str = ""
 
     def __post_init__(self) -> None:
+        if self.side not in (None, "chosen", "rejected"):
+            raise ValueError(f"stream side={self.side!r} does not exist; choose chosen or rejected, or null for both")
+        if self.side is not None and self.paired is False:
+            raise ValueError(f"stream side={self.side} is empty with paired=false: only answers in a pair have a side")
         source = (self.source,) if isinstance(self.source, str) else tuple(self.source)
         unknown = [s for s in source if s not in Source.__members__]
         if unknown:
@@ -121,13 +131,15 @@ class Stream:
 @dataclass(frozen=True)
 class Needs:
     """What an objective asks of the run.  ``references``: log-prob columns to fill; ``columns``: differentiable full-vocabulary columns the
-    forward must deliver; ``live`` with a coupling wider than ``sequence`` means two passes whenever a coupled set is cut."""
+    forward must deliver; ``live`` with a coupling wider than ``sequence`` means two passes whenever a coupled set is cut; ``contexts``: rows
+    to be scored beside those that are learnt from."""
 
     references: frozenset[str]
     columns: frozenset[str]
     coupling: str
     live: bool
     temperature: float
+    contexts: frozenset[str] = frozenset()
 
     @property
     def keep_whole(self) -> str | None:
@@ -193,7 +205,13 @@ class Objective:
         live = [t for t in terms if declared(t, "live")]
         coupling = max((declared(t, "coupling") for t in live), key=COUPLINGS.index, default="token")
         temperature = next((s.likelihood.temperature for s in self.streams.values()), 1.0)
-        return Needs(references - {"self"}, columns, coupling, bool(live), temperature)
+        contexts = frozenset().union(*(declared(t, "contexts") for t in terms))
+        return Needs(references - {"self"}, columns, coupling, bool(live), temperature, contexts)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a term carries numbers from step to step: :meth:`remember` must then be called on every step."""
+        return any(hasattr(t, "remember") for t in self._all_terms)
 
     # -- counting ------------------------------------------------------------------------------------------------------
     def _select(self, batch: TokenBatch, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -203,6 +221,11 @@ class Objective:
         if stream.paired is not None:
             paired = (batch.pair >= 0)[batch.seq]
             of_source = of_source & (paired if stream.paired else ~paired)
+        if stream.side is not None:
+            of_source = of_source & (batch.side == (1 if stream.side == "chosen" else -1))[batch.seq]
+        if any(context != stream.context for context in batch.contexts):
+            own = [context == stream.context for context in batch.contexts]
+            of_source = of_source & torch.tensor(own, device=batch.source.device)[batch.seq]
         member = torch.zeros(batch.num_sequences, dtype=torch.bool, device=batch.source.device)
         member[batch.seq[of_source]] = True
         return of_source & batch.trainable, member
@@ -259,6 +282,16 @@ class Objective:
         are those of the micro-batches, added up, then overwritten by these: ``{**added_up, **metrics}``.
         """
         return self._weights(batch, self.views(batch, logp))
+
+    @torch.no_grad()
+    def remember(self, batch: TokenBatch, logp: Tensor | None = None) -> dict[str, float]:
+        """``memory`` for the next step's batch, from the batch of this *whole* step: what its terms carry on, and the rest of its own."""
+        out = dict(batch.memory)
+        for name, view in self.views(batch, logp).items():
+            terms = [*self.streams[name].terms.values(), *(t for t in self.regularizers.values() if _applies(t, name))]
+            for term in (t for t in terms if hasattr(t, "remember")):
+                out |= {memory_key(name, term, key): float(value) for key, value in term.remember(view).items()}
+        return out
 
     def _weights(self, batch: TokenBatch, views: Mapping[str, TokenView]) -> tuple[Tensor, Metrics]:
         metrics: Metrics = {}

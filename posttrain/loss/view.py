@@ -6,8 +6,8 @@ A term never touches the model or the autograd graph.  It is a function of a :cl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,15 @@ class TokenView:
     def select(self, values: Tensor, otherwise: float = 0.0) -> Tensor:
         """``values`` on the stream's tokens, a constant elsewhere; never ``0 * NaN``."""
         return torch.where(self.on, values, torch.full_like(self.logp, otherwise))
+
+    def recall(self, term: Any, name: str, otherwise: float = 0.0) -> float:
+        """A number that ``term`` remembered at the end of the step before, see ``Objective.remember``."""
+        return float(self.batch.memory.get(memory_key(self.name, term, name), otherwise))
+
+    def beside(self, context: str) -> TokenView:
+        """The learnable tokens of the rows scored under another context, ``mismatched`` for instance.  The totals stay this stream's."""
+        of_context = torch.tensor([c == context for c in self.batch.contexts], dtype=torch.bool, device=self.on.device)
+        return replace(self, on=self.batch.trainable & of_context[self.batch.seq], member=of_context)
 
     def reference(self, to: str) -> Tensor:
         """Log-probabilities ``[N]`` of a named policy.  ``self`` is the current one.  On a fresh batch an absent ``old`` is the current one
@@ -130,6 +139,11 @@ class TokenView:
     def code_count(self, codes: Tensor, which: Tensor) -> Tensor:
         """How many of the sequences ``which`` ``[S]`` share each sequence's code, ``[S]`` int64; 0 without a code."""
         return torch.where(codes >= 0, _by_code(codes, which.to(torch.int64), (codes >= 0) & which), torch.zeros_like(codes))
+
+
+def memory_key(stream: str, term: Any, name: str) -> str:
+    """Under which key of ``batch.memory`` a term of a stream keeps a number."""
+    return f"{stream}/{type(term).__name__}.{name}"
 
 
 def _by_code(codes: Tensor, per_sequence: Tensor, has: Tensor) -> Tensor:
