@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, mask, reference, regularizer
 from posttrain.records import TokenBatch
 from posttrain.testing.check import CheckFailed, check_slicing
-from tests.loss.cases import CASES, Data, flat, make
+from tests.loss.cases import CASES, Data, columns, flat, make
 
 RTOL = 1e-11
 EVERYTHING = {
@@ -52,17 +52,6 @@ def kept_tokens() -> Objective:
 OBJECTIVES = {name: case.load for name, case in CASES.items()} | {"every regulariser": with_regularizers, "kept tokens": kept_tokens}
 
 
-def columns(objective: Objective, data: Data, rows: Tensor) -> dict[str, Tensor]:
-    """Full-vocabulary columns from log-probabilities ``[N, V]``; the base policy is a fixed other distribution."""
-    base = torch.log_softmax(torch.linspace(-1, 1, rows.shape[1], dtype=rows.dtype), 0)
-    every = {
-        "entropy": -(rows.exp() * rows).sum(1),
-        "kl_reverse:base": (rows.exp() * (rows - base)).sum(1),
-        "kl_forward:base": (base.exp() * (base - rows)).sum(1),
-    }
-    return {name: every[name] for name in objective.needs.columns}
-
-
 def forward(data: Data, batch: TokenBatch, padded: bool) -> Tensor:
     """Log-probabilities over the vocabulary, ``[N, V]``."""
     if not padded or batch.num_tokens == 0:
@@ -84,7 +73,7 @@ def gradient(
         micro = batch.take(part)
         rows = forward(data, micro, padded)
         logp = rows.gather(1, micro.target_ids[:, None])[:, 0]
-        out = objective(micro, logp, columns(objective, data, rows), None if weights is None else weights[batch.columns_of(part)])
+        out = objective(micro, logp, columns(objective, rows), None if weights is None else weights[batch.columns_of(part)])
         assert out.loss.requires_grad, "a micro-batch with nothing to learn must still run backward"
         total += flat(torch.autograd.grad(out.loss, list(data.model.parameters()), allow_unused=True), data.model)
         for key, (s, n) in out.metrics.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posttrain.advantage import GroupAdvantage, Reward
 from posttrain.loss import Objective, load
-from posttrain.records import Group, Prompt, Rollout, Row, TokenBatch
+from posttrain.records import Group, Prompt, Rollout, Row, Score, Segment, Source, TokenBatch
 from tests.loss import naive
 
 POLICIES = ("old", "behaviour", "base")
@@ -35,15 +35,35 @@ class Data:
         return batch.with_logps(current=self.logp(batch).detach())
 
     def logp(self, batch: TokenBatch) -> Tensor:
-        rows = self.model.packed(batch.input_ids, batch.positions, batch.seq)
-        return rows.gather(1, batch.target_ids[:, None])[:, 0]
+        return self.rows_of(batch).gather(1, batch.target_ids[:, None])[:, 0]
+
+    def rows_of(self, batch: TokenBatch) -> Tensor:
+        """Log-probabilities over the vocabulary, ``[N, V]``."""
+        return self.model.packed(batch.input_ids, batch.positions, batch.seq)
 
     def naive_gradient(self, objective: naive.Objective) -> Tensor:
         """Gradient of ``-J`` with respect to the model, every sequence scored alone."""
         for s in self.seqs:
-            logp = self.model.alone(s["ids"])
-            s["l"] = [None, *logp.unbind()]
+            rows = self.model.rows_alone(s["ids"])
+            s["rows"] = [None, *rows.unbind()]
+            s["l"] = [None, *(row[i] for row, i in zip(rows.unbind(), s["ids"][1:], strict=True))]
         return flat(torch.autograd.grad(-objective(self.seqs), list(self.model.parameters()), allow_unused=True), self.model)
+
+
+def columns(objective: Objective, rows: Tensor) -> dict[str, Tensor]:
+    """The full-vocabulary columns an objective needs, from log-probabilities ``[N, V]``; the base policy is a fixed other distribution."""
+    base = naive.base_row(rows.shape[1])
+    every = {
+        "entropy": -(rows.exp() * rows).sum(1),
+        "kl_reverse:base": (rows.exp() * (rows - base)).sum(1),
+        "kl_forward:base": (base.exp() * (base - rows)).sum(1),
+    }
+    return {name: every[name] for name in objective.needs.columns}
+
+
+def stand_ins(objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:
+    """Full-vocabulary columns where there is no model: zeros with a gradient of their own."""
+    return {name: torch.zeros_like(batch.logps["current"]).requires_grad_() for name in objective.needs.columns}
 
 
 def flat(grads: tuple[Tensor | None, ...], model: torch.nn.Module) -> Tensor:
@@ -68,6 +88,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
                 {"ids": [*prompt, *(rng.randrange(13) for _ in range(answer))], "sources": sources, "question": question, "reward": value}
             )
             seqs[-1]["untrainable"] = (question, i) == ("q1", 3)
+            seqs[-1]["scores"] = {"answer": value, "form": (0.0, 1.0, 1.0, 0.5)[i]}
     for pair in ("p1", "p2", "p3"):
         prompt = [rng.randrange(13) for _ in range(2)]
         for side in ("chosen", "rejected"):
@@ -87,7 +108,9 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
         s["trainable"] = [on and not hole for on, hole in zip(learnable, holes, strict=True)]
         s["a"] = [rng.gauss(0.0, 1.0) for _ in range(length)]
         with torch.no_grad():
-            logp = [math.nan, *model.alone(s["ids"]).tolist()]
+            rows_alone = model.rows_alone(s["ids"])
+            logp = [math.nan, *(float(row[i]) for row, i in zip(rows_alone, s["ids"][1:], strict=True))]
+            s["entropy"] = [math.nan, *(-(rows_alone.exp() * rows_alone).sum(1)).tolist()]
         for name in POLICIES:
             given = name == "base" or "policy" in s["sources"]
             s[name] = [
@@ -98,11 +121,12 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
                 ids=s["ids"],
                 sources=s["sources"],
                 trainable=s["trainable"],
-                logps={n: s[n] for n in POLICIES},
+                logps={n: s[n] for n in (*POLICIES, "entropy")},
                 advantage=values.get(i, s["a"]),
                 group=s.get("question"),
                 pair=s.get("pair"),
                 side=s.get("side"),
+                rewards={**s["scores"], "reward": s["reward"]} if "scores" in s else {},
                 sample_id=str(i),
             )
         )
@@ -110,15 +134,18 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
 
 
 def advantages(seqs: list[naive.Sequence], estimator: Callable) -> dict[int, float]:
-    """The package's advantages of the rollouts, by index."""
-    out = {}
+    """The package's advantages of the rollouts, by index: all groups of the step at once."""
+    groups = []
     for question in ("q1", "q2", "q3"):
         prompt = Prompt(question, (0,))
-        members = [i for i, s in enumerate(seqs) if s.get("question") == question]
-        group = Group(prompt, tuple(Rollout(str(i), prompt, (), reward=seqs[i]["reward"]) for i in members))
-        for rollout in estimator([group])[0].rollouts:
-            out[int(rollout.sample_id)] = rollout.advantage
-    return out
+        groups.append(Group(prompt, tuple(_rollout(i, s, prompt) for i, s in enumerate(seqs) if s.get("question") == question)))
+    return {int(r.sample_id): r.advantage for group in estimator(groups) for r in group.rollouts}
+
+
+def _rollout(i: int, s: naive.Sequence, prompt: Prompt) -> Rollout:
+    n = s["sources"].count("policy")
+    segment = Segment((0,) * n, Source.policy, logprobs=(-1.0,) * n, version=0, trainable=not s["untrainable"])
+    return Rollout(str(i), prompt, (segment,), reward=s["reward"], scores={k: Score(v) for k, v in s["scores"].items()})
 
 
 NORM, CENTER, LOO, REWARD = GroupAdvantage(), GroupAdvantage(scale="none"), GroupAdvantage(center="loo", scale="none"), Reward()

@@ -1,8 +1,9 @@
 """Published objectives, transcribed one sequence and one token at a time.  Independent of the package: plain Python loops over plain dicts, and
 autograd for the gradient.  Every function returns ``J``, to be maximised.
 
-A sequence is a dict: ``l`` current log-probs with gradient, ``old`` / ``behaviour`` / ``base`` log-probs without, each a list with one entry per
-*token* (entry 0 unused); ``sources``, ``trainable``; ``reward`` and ``question``; or ``pair`` and ``side``.
+A sequence is a dict of lists with one entry per *token* (entry 0 unused): ``l`` current log-probs with gradient, ``rows`` the same over the
+whole vocabulary, ``old`` / ``behaviour`` / ``base`` log-probs and ``entropy`` without; ``sources``, ``trainable``; ``reward``, ``scores`` and
+``question``; or ``pair`` and ``side``.
 """
 
 from __future__ import annotations
@@ -41,11 +42,15 @@ class TinyCausal(torch.nn.Module):
             x = x + torch.softmax(scores, dim=-1) @ v @ out
         return torch.log_softmax(1.5 * x @ self.head, dim=-1)
 
+    def rows_alone(self, ids: list[int]) -> Tensor:
+        """Log-probabilities over the vocabulary of every token of one sequence but the first, ``[n - 1, vocabulary]``."""
+        n = len(ids) - 1
+        return self(torch.tensor(ids[:-1]), torch.arange(n), torch.ones(n, n).tril().bool())
+
     def alone(self, ids: list[int]) -> Tensor:
         """Log-prob of every token of one sequence but the first, ``[n - 1]``."""
-        n = len(ids) - 1
-        rows = self(torch.tensor(ids[:-1]), torch.arange(n), torch.ones(n, n).tril().bool())
-        return torch.stack([rows[t, ids[t + 1]] for t in range(n)])
+        rows = self.rows_alone(ids)
+        return torch.stack([rows[t, ids[t + 1]] for t in range(len(ids) - 1)])
 
     def packed(self, ids: Tensor, positions: Tensor, seq: Tensor) -> Tensor:
         """All rows of a packed batch, ``[N, vocabulary]``; attention stays inside a sequence."""
@@ -60,6 +65,11 @@ class TinyCausal(torch.nn.Module):
         positions = torch.arange(longest).expand(len(sequences), longest)
         rows = self(ids, positions, torch.ones(longest, longest).tril().bool().expand(len(sequences), longest, longest))
         return [rows[i, : len(s)] for i, s in enumerate(sequences)]
+
+
+def base_row(vocabulary: int) -> Tensor:
+    """The fixed other distribution that stands for the base policy where whole rows are compared, as log-probabilities."""
+    return torch.log_softmax(torch.linspace(-1, 1, vocabulary, dtype=torch.float64), 0)
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, load, mask, reference, regularizer
 from posttrain.records import Row, TokenBatch
-from tests.loss.cases import CASES, composed, make
+from tests.loss.cases import CASES, composed, make, stand_ins
 
 CLEAR = (ValueError, FloatingPointError)
 
@@ -18,7 +18,7 @@ def finite(objective: Objective, batch: TokenBatch) -> torch.Tensor | None:
     """Weights and loss are finite, or the error has a message; returns the weights."""
     try:
         logp = batch.logps["current"].clone().requires_grad_()
-        out = objective(batch, logp)
+        out = objective(batch, logp, stand_ins(objective, batch))
         out.loss.backward()
     except CLEAR as error:
         assert "column" in str(error) or "stream" in str(error) or "loss" in str(error)
@@ -74,10 +74,10 @@ def test_nothing_trainable_still_has_a_gradient_of_zero(name: str) -> None:
     for empty in (batch.replace(trainable=torch.zeros_like(batch.trainable)), batch.take([])):
         empty = empty.replace(totals=case.load().totals(batch))
         logp = empty.logps["current"].clone().requires_grad_()
-        out = case.load()(empty, logp)
+        out = case.load()(empty, logp, stand_ins(case.load(), empty))
         out.loss.backward()
         assert float(out.loss) == 0.0 and logp.grad is not None and not bool(logp.grad.any())
-    own = case.load()(batch.replace(trainable=torch.zeros_like(batch.trainable)))
+    own = case.load()(batch.replace(trainable=torch.zeros_like(batch.trainable)), columns=stand_ins(case.load(), batch))
     assert float(own.loss) == 0.0
 
 

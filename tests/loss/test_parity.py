@@ -10,14 +10,15 @@ import torch
 import posttrain
 from posttrain.testing.check import check_parity
 from tests.loss import naive
-from tests.loss.cases import CASES, Case, Data, composed, flat, make
+from tests.loss.cases import CASES, Case, Data, columns, composed, flat, make
 
 SEEDS = (0, 1, 2)
 
 
 def gradient(case: Case, data: Data) -> torch.Tensor:
     batch, objective = data.batch(), case.load()
-    out = objective(batch, data.logp(batch))
+    rows = data.rows_of(batch)
+    out = objective(batch, rows.gather(1, batch.target_ids[:, None])[:, 0], columns(objective, rows))
     return flat(torch.autograd.grad(out.loss, list(data.model.parameters()), allow_unused=True), data.model)
 
 
@@ -45,7 +46,7 @@ def test_a_wrong_objective_disagrees(name: str) -> None:
         assert any(_disagrees(case, wrong, seed) for seed in SEEDS), f"{name} cannot be told from {wrong}"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.load().needs.columns])
 def test_weights_are_the_derivative_of_the_published_objective(name: str) -> None:
     case = CASES[name]
     data = make(3, case.advantage, case.spread)
