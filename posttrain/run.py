@@ -7,7 +7,6 @@ The loop itself is ``controller.py``; this file opens the run folder, starts the
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -97,47 +96,100 @@ async def _stages(stages: dict[str, tuple[RunConfig, str]], folder: RunFolder, s
 
 def evaluate_model(config: RunConfig) -> int:
     """``posttrain eval``: held-out accuracy of ``model.path`` with an interval."""
-    from posttrain.build import evaluate_once
+    import tempfile
 
-    if config.data.eval is None:
-        raise ConfigError("data.eval is not set: give data.eval.path=FILE or choose data=NAME with held-out rows")
-    with cluster.session(config.cluster, cluster.demand({"eval": config})):
-        report = asyncio.run(evaluate_once(config))
+    from posttrain.build import evaluate_once, prepare_evaluation
+    from posttrain.doctor import preflight_evaluation
+
+    rollout, gpu = config.rollout, config.cluster.device == "cuda"
+    gpus = rollout.num_engines * config.cluster.gpus_per_engine * rollout.tensor_parallel if gpu else 0.0
+    preflight_evaluation(config, gpus)
+    with tempfile.TemporaryDirectory() as scratch:
+        config, tokenizer, prompts = prepare_evaluation(config, Path(scratch) / "model")
+        with cluster.session(config.cluster, gpus):
+            report = asyncio.run(evaluate_once(config, tokenizer, prompts))
     print(report)
     return 0
 
 
-def export_checkpoint(run_dir: Path, stage: str | None, step: int | None, out: str | None) -> str:
-    """``posttrain export``: a checkpoint of a run as a Hugging Face folder.  Returns its path."""
-    from posttrain.build import export_from_checkpoint
+def export_checkpoint(run_dir: Path, stage: str | None, step: int | None, out: str | None, cluster_settings: dict[str, Any] | None = None) -> str:
+    """``posttrain export``: a checkpoint of a run as a Hugging Face folder.  Returns its path.
 
-    if not (run_dir / "config.yaml").exists():
+    Without ``stage`` and ``step``: the newest whole checkpoint of the last stage that has one.  ``cluster_settings`` replace those of the run.
+    """
+    import yaml
+
+    from posttrain.build import export_from_checkpoint
+    from posttrain.cli import build_config, compose_loss
+    from posttrain.doctor import resources
+
+    listed = run_dir / "config.yaml"
+    if not listed.exists():
         raise ConfigError(f"run_dir={run_dir} holds no run (no config.yaml)")
-    names = sorted((p.stem for p in (run_dir / "stages").glob("*.yaml")), key=lambda n: (run_dir / "stages" / f"{n}.yaml").stat().st_mtime)
-    stage = stage or names[-1]
-    if stage not in names:
+    names = [str(name) for name in yaml.safe_load(listed.read_text()).get("stages") or ["train"]]
+    if stage is not None and stage not in names:
         raise ConfigError(f"run_dir={run_dir} has no stage {stage!r}; it has {', '.join(names)}")
     folder = RunFolder(run_dir, len(names) > 1)
-    root = folder.of("checkpoints", stage)
-    if step is not None:
-        path = checkpoint.folder_of(root, step)
-        checkpoint.verify(path)
-    else:
-        found = checkpoint.newest(root, lambda text: print(text, file=sys.stderr))
-        if found is None:
-            raise ConfigError(f"{root} holds no whole checkpoint")
-        path = found[1]
-    target = Path(out) if out else folder.of("export", stage).with_name(f"{path.name}-export")
-    return str(export_from_checkpoint(path, target, run_dir / "stages" / f"{stage}.yaml"))
+    name, path = _find_checkpoint(folder, [stage] if stage else names, step)
+    settings = yaml.safe_load((run_dir / "stages" / f"{name}.yaml").read_text())
+    # the weights need neither data nor rewards nor the loss they were learnt with, which may be the user's own and not be there any more
+    settings |= {"data": {}, "reward": {}, "advantage": None, "mixture": {}, "cluster": {**settings["cluster"], **(cluster_settings or {})}}
+    settings["rollout"]["strategy"] = None
+    config = build_config(settings)
+    config.loss = compose_loss("sft")
+    config.model.path = _moved(checkpoint.verify(path)["model_path"], run_dir)
+    gpus = config.learner.world_size * config.cluster.gpus_per_learner if config.cluster.device == "cuda" else 0.0
+    resources(config.cluster, gpus)
+    target = Path(out) if out else folder.of("export", name).with_name(f"{name if len(names) > 1 else 'export'}-{path.name}")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"out={target} is not empty; give another folder with out=FOLDER")
+    with cluster.session(config.cluster, gpus):
+        return str(asyncio.run(export_from_checkpoint(config, path.resolve(), target.resolve())))
 
 
-def preview_data(config: RunConfig) -> int:
-    """``posttrain preview``: what of the data is learnt from, token by token."""
-    from posttrain.build import load_stage_data, prepare_model
-    from posttrain.data.preview import preview
+def _find_checkpoint(folder: RunFolder, names: Sequence[str], step: int | None) -> tuple[str, Path]:
+    """The stage and folder of the checkpoint that was asked for, or of the newest one."""
+    for name in reversed(names):
+        root = folder.of("checkpoints", name)
+        there = checkpoint.steps(root)
+        if step is not None and step in there:
+            path = checkpoint.folder_of(root, step)
+            checkpoint.verify(path)
+            return name, path
+        found = checkpoint.newest(root, lambda text: print(text, file=sys.stderr)) if step is None else None
+        if found:
+            return name, found[1]
+    kept = [f"{name}: {', '.join(map(str, s))}" for name in names if (s := checkpoint.steps(folder.of("checkpoints", name)))]
+    what = "whole checkpoint" if step is None else f"checkpoint of step {step}"
+    raise ConfigError(f"run_dir={folder.root} holds no {what} of {' or '.join(names)}" + (f" (there are steps {'; '.join(kept)})" if kept else ""))
 
-    tokenizer = prepare_model(config, Path(os.environ.get("TMPDIR", "/tmp")) / "posttrain-preview", None)[1]
-    records, report, *_ = load_stage_data(config, tokenizer)
-    preview(records[0], tokenizer)
-    print(report)
+
+def _moved(path: str, run_dir: Path) -> str:
+    """A path of a run, found again inside the run's folder when that was moved."""
+    parts = Path(path).parts
+    here = (run_dir.joinpath(*parts[i:]) for i in range(1, len(parts)))
+    return path if Path(path).exists() else str(next((p for p in here if p.exists()), path))
+
+
+def preview_data(stages: dict[str, RunConfig]) -> int:
+    """``posttrain preview``: what of each stage's data is learnt from, token by token."""
+    import tempfile
+
+    from posttrain.build import load_stage_data
+    from posttrain.data.preview import length_statistics, preview
+    from posttrain.doctor import model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        previous: str | None = None
+        for number, (name, config) in enumerate(stages.items()):
+            if config.model.path is None and config.model.tiny is None and config.init_from is None and previous is None:
+                raise ConfigError("model.path is not set: its tokenizer says what the data becomes; give model.path=FOLDER_OR_ID")
+            if len(stages) > 1:
+                print(("\n" if number else "") + f"stage {name}")
+            config, tokenizer = model(config, Path(scratch) / name, previous)
+            records, report, *_ = load_stage_data(config, tokenizer)
+            previous = config.model.path
+            preview(records[0], tokenizer)
+            print(report)
+            print(length_statistics(report))
     return 0

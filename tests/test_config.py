@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from posttrain.cli import Words, _open, compose_loss
+from posttrain.cli import compose_loss
 from posttrain.config import ConfigError, LearnerConfig, RunConfig, check, from_mapping
+from posttrain.words import Words, open_map
 
 
 def settings(**changes: Any) -> RunConfig:
@@ -101,6 +102,6 @@ def test_words_refuse_what_is_no_setting(word: str, message: str) -> None:
 
 
 def test_open_maps_need_no_plus() -> None:
-    assert _open("loss.streams.rollouts.coef=2") == "++loss.streams.rollouts.coef=2"
-    assert _open("loss=dapo") == "loss=dapo"
-    assert _open("learner.lr=2") == "learner.lr=2"
+    assert open_map("loss.streams.rollouts.coef=2") == "++loss.streams.rollouts.coef=2"
+    assert open_map("loss=dapo") == "loss=dapo"
+    assert open_map("learner.lr=2") == "learner.lr=2"

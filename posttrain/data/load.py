@@ -21,6 +21,14 @@ from posttrain.records import Demo, Pair, Prompt
 Kind = Literal["prompts", "demos", "pairs"]
 
 
+class NothingUsable(DataError):
+    """Every one of the ``read`` rows was left out."""
+
+    def __init__(self, message: str, read: int) -> None:
+        super().__init__(message)
+        self.read = read
+
+
 @dataclass(frozen=True)
 class SourceSpec:
     """Where rows are and how to read them.
@@ -95,7 +103,7 @@ def load_data(
     if not report.read:
         raise DataError(f"{name} is empty: {_describe(spec)} holds no rows")
     if not records:
-        raise DataError(f"{name} has no usable row ({report}); loosen the limits or look at the reasons above")
+        raise NothingUsable(f"{name} has no usable row ({report}); loosen the limits or look at the reasons above", report.read)
     return records, report
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.config import RunConfig
 from posttrain.loss.unified import Objective, Stream, declared
 
 COLUMN_NOTES = {
@@ -41,8 +42,21 @@ def _facts(run: RunFacts | Mapping[str, Any] | None, facts: Mapping[str, Any]) -
     return RunFacts(**{**known, **facts})
 
 
-def explain(objective: Objective, advantage: Any = None, run: RunFacts | Mapping[str, Any] | None = None, **facts: Any) -> str:
-    """The objective in plain text.  ``advantage`` is the estimator that fills the advantage column; ``run`` or keywords are :class:`RunFacts`.
+def facts_of(config: RunConfig) -> RunFacts:
+    """The facts of a composed run."""
+    sampled = config.rollout.kind == "vllm"
+    return RunFacts(config.learner.updates_per_batch, config.rollout.n if sampled else None, config.rollout.max_staleness)
+
+
+def explain(
+    objective: Objective,
+    advantage: Any = None,
+    run: RunFacts | Mapping[str, Any] | None = None,
+    more: Sequence[str] = (),
+    **facts: Any,
+) -> str:
+    """The objective in plain text.  ``advantage`` is the estimator that fills the advantage column; ``run`` or keywords are :class:`RunFacts`;
+    ``more`` are further settings that cannot act (:func:`idle_settings`).
 
     Without any facts the last section is left out: nothing is known about the run.
     """
@@ -58,7 +72,7 @@ def explain(objective: Objective, advantage: Any = None, run: RunFacts | Mapping
         lines += ["", f"  A: {_short(advantage)}"]
     lines += ["", "needs", *_needs(objective)]
     if run is not None or facts:
-        idle = settings_that_cannot_act(objective, advantage, run, **facts)
+        idle = [*settings_that_cannot_act(objective, advantage, run, **facts), *more]
         lines += ["", "cannot act in this run" if idle else "every setting can act in this run", *(f"  - {line}" for line in idle)]
     return "\n".join(lines)
 
@@ -137,6 +151,35 @@ def settings_that_cannot_act(
         lines.append("advantage: no stream of this loss reads the advantage column; set advantage=none")
     if advantage is not None and reads and run.group_size is not None:
         lines += _idle_in_advantage(advantage, run.group_size)
+    return lines
+
+
+def idle_settings(config: RunConfig) -> list[str]:
+    """The same for settings beside the objective: each line says why the setting cannot act and what to do."""
+    rollout, learner, evaluation = config.rollout, config.learner, config.eval
+    sampled = rollout.kind == "vllm"
+    evaluated = bool(evaluation.at_start or evaluation.at_end or evaluation.every)
+    lines = []
+    if not sampled and rollout.strategy is not None:
+        lines.append("rollout.strategy: nothing is sampled with rollout=replay; set rollout.strategy=null")
+    if not sampled and not evaluated and config.reward.fn:
+        lines.append("reward: nothing is sampled and nothing is evaluated; set reward=none, or eval.at_end=true")
+    if not config.reward.fn and config.reward.weights:
+        lines.append("reward.weights: there is no reward; choose reward=NAME")
+    if config.data.demos is not None and not getattr(config.mixture.gate, "demos_per_step", 0):
+        lines.append("data.demos: no gate asks for demonstrations; set mixture.gate, or data.demos=null")
+    if learner.schedule == "constant" and learner.min_lr_ratio > 0:
+        lines.append(f"learner.min_lr_ratio={learner.min_lr_ratio:g}: learner.schedule=constant never comes down; choose linear or cosine")
+    if learner.lr == 0:
+        lines.append("learner.lr=0: no weight can move; set learner.lr")
+    if evaluated and evaluation.n > 1 and evaluation.temperature == 0:
+        lines.append(f"eval.n={evaluation.n}: at eval.temperature=0 every answer to a prompt is the same; set eval.n=1 or a temperature")
+    if evaluation.every > config.steps and not (evaluation.at_start or evaluation.at_end):
+        lines.append(f"eval.every={evaluation.every}: the run has {config.steps} steps, so nothing is evaluated; lower it or set eval.at_end=true")
+    if sampled and config.data.loss_on != "assistant" and config.data.demos is None:
+        lines.append(f"data.loss_on={config.data.loss_on}: sampled answers are learnt from whole; it concerns given answers only")
+    if config.model.path is not None and config.model.tiny is not None:
+        lines.append("model.tiny: model.path is set, so nothing is created on the spot")
     return lines
 
 
