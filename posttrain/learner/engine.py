@@ -4,10 +4,11 @@ DeepSpeed divides gradients by the number of ranks and by its accumulation steps
 ``gradient_accumulation_steps`` is 1 with the accumulation boundary owned by :meth:`optim_step` (any number of micro-batches per step), and the
 loss is multiplied by the number of ranks before backward.
 
-Two points where the installed DeepSpeed would not do what the settings say:
+Three points where the installed DeepSpeed would not do what the settings say:
 
 * Stage 0 in bfloat16 would add micro-batches up in 16 bits.  It runs as stage 1, whose optimizer keeps a float32 sum; the result is the same.
-* DeepSpeed skips a step whose gradient is not finite.  Here that is an error with the name of a tensor, before anything changes.
+* In bfloat16 it would also round what ranks send each other to 16 bits.  Gradients are summed over ranks in float32.
+* It skips a step whose gradient is not finite.  Here that is an error, with the name of a tensor where there is one, before anything changes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def deepspeed_config(model_cfg: Any, cfg: Any, world_size: int, hidden_size: int
     if low:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     return config
 
 
@@ -115,8 +117,7 @@ class DeepSpeedEngine:
     def _clip_stage0(self, *_: Any) -> None:
         """Stage 0 keeps no gradient norm of its own, so norm and clipping happen here, after the all-reduce and before the update."""
         grads = [p.grad for _, p in self.named if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-        self._stage0_norm = float(norm)
+        self._stage0_norm = optim.check_norm(optim.global_norm(grads), self.steps_taken)
         limit = self.cfg.max_grad_norm
         if limit and self._stage0_norm > limit:
             for grad in grads:
@@ -136,7 +137,7 @@ class DeepSpeedEngine:
     def optim_step(self) -> dict[str, float]:
         """Reduce, clip, step.  Returns ``grad_norm`` (before clipping), ``lr`` and ``update_norm_ratio``.
 
-        Raises ``FloatingPointError`` naming a tensor when a gradient is not finite; then nothing has changed.
+        Raises ``FloatingPointError`` when a gradient (it names the tensor) or the sum of all is not finite; then nothing has changed.
         """
         bad = self.watch.bad()
         anywhere = self._sum(torch.tensor([float(bool(bad))]))
@@ -144,7 +145,7 @@ class DeepSpeedEngine:
         rate = optim.learning_rate(self.cfg, self.steps_taken, self.total_steps)
         optim.set_rate(self.optimizer, rate)
         self.ds.step()
-        norm = self._stage0_norm if self.stage == 0 else float(self.ds.get_global_grad_norm())
+        norm = self._stage0_norm if self.stage == 0 else optim.check_norm(float(self.ds.get_global_grad_norm()), self.steps_taken)
         squares = optim.update_and_weight_squares(self._owned(), self.optimizer)
         update, weight = (squares if self.stage == 0 else self._sum(squares)).tolist()
         self.watch.clear()
@@ -216,7 +217,7 @@ class DeepSpeedEngine:
         checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors})
 
     def load(self, path: str | Path) -> None:
-        """Continue from :meth:`save`, bit for bit in float32.  Raises ``ValueError`` when it was written under other settings."""
+        """Continue from :meth:`save`, bit for bit.  Raises ``ValueError`` when it was written under other settings."""
         found = checkpoint.read(path, self.rank, self._meta())
         own = found if self.stage or self.rank == 0 else checkpoint.read(path, 0, self._meta())
         checkpoint.unpack(own["tensors"], self._pieces(), self.optimizer)

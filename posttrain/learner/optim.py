@@ -118,6 +118,21 @@ def raise_if_bad(bad: list[str], anywhere: bool, rank: int, step: int) -> None:
         raise FloatingPointError(f"optimizer step {step}: another rank than {rank} has a NaN or infinite gradient; the weights were not changed")
 
 
+def global_norm(grads: Iterable[Tensor]) -> float:
+    """The 2-norm over all tensors, in float64: squares of large gradients overflow in float32."""
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads])))
+
+
+def check_norm(norm: float, step: int) -> float:
+    """``norm`` itself.  Raises ``FloatingPointError`` when it is not finite: gradients that were finite one by one overflowed in their sum."""
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"optimizer step {step}: the norm of the summed gradient is {norm}; the weights were not changed. Lower the loss weights of this step "
+            "(advantages, coefficients), or bound its ratios with a mask"
+        )
+    return norm
+
+
 def position_hash(tensor: Tensor) -> int:
     """A 64-bit number that changes when any element of the tensor changes, also when changes cancel in a plain sum."""
     bits = {4: torch.int32, 2: torch.int16, 8: torch.int64}[tensor.element_size()]

@@ -73,7 +73,7 @@ class TorchEngine:
     def optim_step(self) -> dict[str, float]:
         """Sum gradients over ranks, clip, step.  Returns ``grad_norm`` (before clipping), ``lr`` and ``update_norm_ratio``.
 
-        Raises ``FloatingPointError`` naming a tensor when a gradient is not finite; then nothing has changed.
+        Raises ``FloatingPointError`` when a gradient (it names the tensor) or the sum of all is not finite; then nothing has changed.
         """
         bad = self.watch.bad()
         if self.world_size > 1:
@@ -84,9 +84,9 @@ class TorchEngine:
             optim.raise_if_bad(bad, float(flat[0]) > 0, self.rank, self.steps_taken)
         else:
             optim.raise_if_bad(bad, False, self.rank, self.steps_taken)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in self.grads.values()]))
+        norm = optim.check_norm(optim.global_norm(self.grads.values()), self.steps_taken)
         limit = self.cfg.max_grad_norm
-        scale = limit / (float(norm) + 1e-6) if limit and float(norm) > limit else 1.0
+        scale = limit / (norm + 1e-6) if limit and norm > limit else 1.0
         for parameter, master in self.master.items():
             master.grad = self.grads[parameter].mul_(scale)
         rate = optim.learning_rate(self.cfg, self.steps_taken, self.total_steps)
@@ -102,7 +102,7 @@ class TorchEngine:
         update, weight = optim.update_and_weight_squares(owned, self.optimizer).tolist()
         self.watch.clear()
         self.steps_taken += 1
-        return {"grad_norm": float(norm), "lr": rate, "update_norm_ratio": (update / max(weight, 1e-30)) ** 0.5}
+        return {"grad_norm": norm, "lr": rate, "update_norm_ratio": (update / max(weight, 1e-30)) ** 0.5}
 
     # -- weights -------------------------------------------------------------------------------------------------------
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,12 +1,13 @@
-"""One rank of the learner's contract suite: runs every combination it is given and writes what came out.
+"""One rank of the learner's contract test, as a process of its own: it walks the cases of its world and writes what came out.
 
-``python learner_worker.py RANK WORLD_SIZE RENDEZVOUS OUT MODEL``.  A combination is a :class:`Case`; all ranks of a world walk the same list.
+``python learner_worker.py RANK WORLD_SIZE RENDEZVOUS OUT MODEL``.  All ranks of a world walk the same list.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, 
 from posttrain.records import Row, TokenBatch
 
 STEPS, SAVE_AT = 5, 2
+BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
@@ -41,34 +43,32 @@ class Case:
         words = [self.engine, f"stage{self.stage}", self.dtype]
         return "-".join(words + [w for w in ("offload", "lora", "checkpointing", "kl", "two_pass") if getattr(self, w)])
 
+    @property
+    def reference(self) -> Case:
+        """The single-process plain PyTorch run this one must agree with."""
+        return Case("torch", dtype=self.dtype, lora=self.lora, kl=self.kl)
 
-TORCH = [Case("torch", dtype=d) for d in ("float32", "bfloat16")]
-STAGES = [Case(stage=s, offload=o, dtype=d) for d in ("float32", "bfloat16") for s in (0, 1, 2, 3) for o in (False, True) if s or not o]
+
+TORCH = [Case("torch", dtype=d, resume=True) for d in ("float32", "bfloat16")]
+STAGES = [
+    Case(stage=s, offload=o, dtype=d, resume=True) for d in ("float32", "bfloat16") for s in (0, 1, 2, 3) for o in (False, True) if s or not o
+]
 MORE = [
-    *[Case(stage=s, lora=True) for s in (0, 2, 3)],
+    *[Case(stage=s, lora=True, resume=s == 3) for s in (0, 2, 3)],
     *[Case(stage=s, checkpointing=True) for s in (2, 3)],
     Case(stage=3, lora=True, kl=True, checkpointing=True),
     Case(stage=3, kl=True),
     Case(stage=2, two_pass=True),
-    Case("torch", lora=True),
-    Case("torch", kl=True),
-    Case("torch", lora=True, kl=True),
+    *[Case("torch", lora=lora, kl=kl) for lora, kl in ((True, False), (False, True), (True, True))],
 ]
-RESUME = [replace(case, resume=True) for case in (TORCH[0], *[c for c in STAGES if c.dtype == "float32"], Case(stage=3, lora=True))]
-
-
-def reference_of(case: Case) -> Case:
-    """The single-process plain PyTorch run a case must agree with."""
-    return Case("torch", dtype=case.dtype, lora=case.lora, kl=case.kl)
+ALL = [*TORCH, *STAGES, *MORE]
 
 
 def cases(world_size: int) -> list[Case]:
     """Two ranks run everything.  One rank runs the references, and every stage once more."""
-    resume = {case.name for case in RESUME}
     if world_size == 2:
-        return [replace(case, resume=case.name in resume) for case in [*TORCH, *STAGES, *MORE]]
-    references = {reference_of(case).name: reference_of(case) for case in [*TORCH, *STAGES, *MORE]}
-    return [*references.values(), *STAGES]
+        return ALL
+    return [*{case.reference.name: case.reference for case in ALL}.values(), *[replace(case, resume=False) for case in STAGES]]
 
 
 def objective(kl: bool) -> Objective:
@@ -82,7 +82,7 @@ def objective(kl: bool) -> Objective:
     )
     extra: dict[str, Any] = {"entropy": regularizer.Entropy(0.05)}
     if kl:
-        extra["full"] = regularizer.FullKL("reverse", coef=0.5)
+        extra["full"] = regularizer.FullKL("reverse", coef=20.0)
     return Objective({"rollouts": stream}, extra)
 
 
@@ -106,32 +106,85 @@ def whole_batch(step: int, goal: Objective) -> TokenBatch:
     return whole.replace(totals=goal.totals(whole))
 
 
-def micro_batches(step: int) -> list[list[int]]:
-    """Dealt to ranks in turn: unequal token counts; in step 1 the second rank of two learns nothing at all."""
-    if step == 1:
-        return [[0, 2], [1], [4, 5, 6], [3], [7], []]
-    return [[0, 1], [2], [3], [4, 5], [6], [7]]
+def micro_batches(step: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """The sequences in each of a rank's micro-batches: unequal token counts; in step 1 the second rank of two learns nothing at all."""
+    every = [[0, 2], [1], [4, 5, 6], [3], [7], []] if step == 1 else [[0, 1], [2], [3], [4, 5], [6], [7]]
+    return every[rank::world_size]
 
 
 def masters(engine: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().double().clone() for name, tensor in engine._masters()}
 
 
-def one_step(engine: Any, case: Case, step: int, rank: int, world_size: int, goal: Objective) -> dict[str, float]:
-    whole, parts = whole_batch(step, goal), micro_batches(step)
+def first_moments(engine: Any, case: Case) -> dict[str, Tensor]:
+    """AdamW's running mean of the gradients it was given, whole, by name."""
+    if case.engine == "torch":
+        found = {name: engine.optimizer.state[engine.master[p]]["exp_avg"] for name, p in engine.named}
+    elif engine.stage == 0:
+        found = {name: engine.optimizer.state[p]["exp_avg"] for name, p in engine.named}
+    else:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if engine.stage < 3:  # DeepSpeed notes where the states are after its first parameter group has stepped, when the others have none
+            engine.ds.optimizer._hp_optimizer_states_linked = False
+            engine.ds.optimizer._lazy_init_hp_params_optimizer_state()
+        found = {name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in engine.named}
+    return {name: tensor.double().view_as(p).clone() for (name, tensor), (_, p) in zip(found.items(), engine._masters(), strict=True)}
+
+
+def learn(engine: Any, case: Case, step: int, rank: int, world_size: int, goal: Objective) -> None:
+    """All forwards and backwards of one optimizer step."""
+    whole = whole_batch(step, goal)
     weights = None
     if case.two_pass:
-        own = [(p, engine.score(whole.take(p))["logp"]) for p in parts]
+        own = [(p, engine.score(whole.take(p))["logp"]) for p in micro_batches(step)]
         current = torch.zeros(whole.num_tokens)
         for part, logp in own:
             if part:
                 current[whole.columns_of(part)] = logp
         weights = goal.weights(whole, current)
-    mine = parts[rank::world_size]
+    mine = micro_batches(step, rank, world_size)
     for index, part in enumerate(mine):
         given = None if weights is None else (weights[whole.columns_of(part)] if part else torch.zeros(1))
         engine.forward_backward(whole.take(part), given, last=index == len(mine) - 1)
-    return engine.optim_step()
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient of NaN: the loss stays finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.nan
+
+
+def plant_nan(engine: Any) -> None:
+    """Every gradient below the last norm becomes NaN."""
+    engine.module.inner.model.norm.register_forward_hook(lambda module, inputs, output: Poison.apply(output))
+
+
+def plant_overflow(engine: Any) -> None:
+    """Every micro-batch's gradient of one matrix is finite; the sum of two is not."""
+    engine.named[1][1].register_hook(lambda grad: torch.full_like(grad, 3e38))
+
+
+def stopped(engine: Any, case: Case, plant: Callable[[Any], None], rank: int, world_size: int, goal: Objective) -> dict[str, Any]:
+    """What a step says whose gradients go bad on the last rank only, and whether it left everything as it was."""
+    before, fingerprint, steps = masters(engine), engine.fingerprint(), engine.steps_taken
+    if rank == world_size - 1:
+        plant(engine)
+    learn(engine, case, 3, rank, world_size, goal)
+    said = ""
+    try:
+        engine.optim_step()
+    except FloatingPointError as error:
+        said = str(error)
+    after = masters(engine)
+    same = all(torch.equal(before[name], after[name]) for name in before)
+    return {"said": said, "unchanged": same and engine.fingerprint() == fingerprint and engine.steps_taken == steps}
 
 
 def build(case: Case, model: str, rank: int, world_size: int, goal: Objective) -> Any:
@@ -139,8 +192,8 @@ def build(case: Case, model: str, rank: int, world_size: int, goal: Objective) -
     model_cfg = ModelConfig(path=model, dtype=case.dtype, lora=lora, gradient_checkpointing=case.checkpointing)
     # a large eps makes Adam's step depend on the size of the gradient, so that a mean in place of a sum cannot hide; clipping acts (see the test)
     learner_cfg = LearnerConfig(
-        engine=case.engine, zero_stage=case.stage, offload_optimizer=case.offload, world_size=world_size, lr=3e-3, eps=1e-2, weight_decay=0.1,
-        max_grad_norm=0.5, schedule="cosine", warmup_steps=2, min_lr_ratio=0.1, head_chunk=7,
+        engine=case.engine, zero_stage=case.stage, offload_optimizer=case.offload, world_size=world_size, lr=3e-3, betas=BETAS, eps=1e-2,
+        weight_decay=0.1, max_grad_norm=0.75 if case.lora else 4.0, schedule="cosine", warmup_steps=2, min_lr_ratio=0.1, head_chunk=7,
     )  # fmt: skip
     if case.engine == "torch":
         from posttrain.learner.torch_engine import TorchEngine as Engine
@@ -152,10 +205,14 @@ def build(case: Case, model: str, rank: int, world_size: int, goal: Objective) -
 def run(case: Case, model: str, rank: int, world_size: int, out: Path) -> dict[str, Any]:
     goal = objective(case.kl)
     engine = build(case, model, rank, world_size, goal)
-    start, reports, folder = masters(engine), [], out / "checkpoints" / case.name
+    start, reports, gradients, folder = masters(engine), [], [], out / "checkpoints" / case.name
     frozen_at_start = engine.frozen()
+    mean = {name: torch.zeros_like(tensor) for name, tensor in start.items()}
     for step in range(STEPS):
-        reports.append(one_step(engine, case, step, rank, world_size, goal))
+        learn(engine, case, step, rank, world_size, goal)
+        reports.append(engine.optim_step())
+        before, mean = mean, first_moments(engine, case)
+        gradients.append({name: ((mean[name] - BETAS[0] * before[name]) / (1 - BETAS[0])).float() for name in mean})
         if case.resume and step + 1 == SAVE_AT:
             engine.save(folder)
     end = masters(engine)
@@ -170,17 +227,24 @@ def run(case: Case, model: str, rank: int, world_size: int, out: Path) -> dict[s
         "fingerprint": engine.fingerprint(),
         "state": {name: tensor.clone() for name, tensor in engine.state()},
     }
+    if rank == 0:
+        found["gradients"] = gradients
+    found["nan"] = stopped(engine, case, plant_nan, rank, world_size, goal)
     engine.close()
     if case.resume:
         again = build(case, model, rank, world_size, goal)
         again.load(folder)
-        later = [one_step(again, case, step, rank, world_size, goal) for step in range(SAVE_AT, STEPS)]
+        later = []
+        for step in range(SAVE_AT, STEPS):
+            learn(again, case, step, rank, world_size, goal)
+            later.append(again.optim_step())
         resumed = masters(again)
         found["resumed"] = {
             "identical": all(torch.equal(end[name], resumed[name]) for name in end),
             "reports": later,
             "fingerprint": again.fingerprint(),
         }
+        found["overflow"] = stopped(again, case, plant_overflow, rank, world_size, goal)
         again.close()
     return found
 
@@ -206,4 +270,5 @@ def main(rank: int, world_size: int, rendezvous: str, out: Path, model: str) -> 
     dist.destroy_process_group()
 
 
-main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5])
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5])
