@@ -96,9 +96,9 @@ async def train(run: Run) -> None:
     """The whole method."""
     queue: asyncio.Queue[Experience] = asyncio.Queue(maxsize=max(run.max_staleness, 1))
     run.version = run.start
+    await run.evaluate.at_start(run)
     producer = asyncio.create_task(produce(run, queue), name="producer")
     try:
-        await run.evaluate.at_start(run)
         for step in run.clock:
             experience = await _next(queue, producer)
             staleness = run.version - experience.version
@@ -109,12 +109,12 @@ async def train(run: Run) -> None:
                 totals = await run.learner.learn(step, items, step / run.steps)
             with run.timings.phase("publish"):
                 await run.publish(step + 1, last=step + 1 == run.steps)
-            async with run.published:
+            await run.canaries.after(step, totals)
+            metrics = {**experience.metrics, **getattr(run.gate, "metrics", {}), **totals.result(), "rollout/staleness": float(staleness)}
+            metrics |= await run.evaluate.after(run, step + 1)
+            async with run.published:  # after the evaluation: a run that is repeated must repeat the engines' batches
                 run.version = step + 1
                 run.published.notify_all()
-            await run.canaries.after(step, totals)
-            metrics = {**experience.metrics, **totals.result(), "rollout/staleness": float(staleness)}
-            metrics |= await run.evaluate.after(run, step + 1)
             run.report.step(step, metrics, items)
             with run.timings.phase("checkpoint"):
                 await run.checkpoint.maybe_save(step + 1, experience.sampler_state)

@@ -36,7 +36,12 @@ class HeldOut:
     async def measure(self) -> dict[str, Any]:
         """One report, from the weights the engines hold now."""
         groups: list[Group] = await self.pool.sample(list(self.prompts), self.config.n, self.sampling, STEP)
-        scored = await self.reward.score(groups, STEP, 1.0)
+        before = self.reward.budget.state_dict(), self.reward.metrics
+        try:
+            scored = await self.reward.score(groups, STEP, 1.0)
+        finally:  # failed verdicts of an evaluation are in its report; they do not count against the training's budget
+            self.reward.budget.load_state_dict(before[0])
+            self.reward.metrics = before[1]
         return accuracy_report(scored, score=self.config.metric, threshold=self.config.threshold - 1e-9)
 
     async def at_start(self, run: Any) -> None:
