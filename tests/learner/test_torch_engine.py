@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,72 @@ def test_frozen_names_what_did_not_move(tiny: str) -> None:
     one.forward_backward(batch())
     one.optim_step()
     assert one.frozen() == [name]
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient of NaN: the loss stays finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.nan
+
+
+def everything(one: TorchEngine) -> dict[str, torch.Tensor]:
+    """Weights, masters, optimizer state and the count of steps, copied."""
+    found = {f"weight {name}": p for name, p in one.named} | {f"master {name}": m for name, m in one._masters()}
+    found |= {f"{key} {name}": value for name, m in one._masters() for key, value in one.optimizer.state[m].items()}
+    return {name: tensor.detach().clone() for name, tensor in found.items()} | {"steps": torch.tensor(one.steps_taken)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_nan_gradient_stops_before_anything_changes(tiny: str, dtype: str) -> None:
+    """One bad micro-batch among good ones; its loss is finite, so only the gradient can tell."""
+    one = engine(tiny, dtype=dtype)
+    one.forward_backward(batch(0))
+    one.optim_step()
+    before = everything(one)
+    one.forward_backward(batch(1))
+    planted = one.module.inner.model.layers[0].register_forward_hook(lambda module, inputs, output: Poison.apply(output))
+    assert math.isfinite(one.forward_backward(batch(2))["loss"][0])
+    planted.remove()
+    one.forward_backward(batch(3))
+    with pytest.raises(FloatingPointError, match=r"optimizer step 1, rank 0: the gradient of model\.model\.(layers\.0|embed)\S+ \(and \d+ more\) is NaN"):
+        one.optim_step()
+    after = everything(one)
+    assert len(before) > 4 * len(one.named) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_sum_of_gradients_that_overflows_stops_before_anything_changes(tiny: str) -> None:
+    """Two finite gradients whose sum is not, behind the watch that looks at each of them."""
+    one = engine(tiny)
+    one.named[3][1].register_hook(lambda grad: torch.full_like(grad, 3e38))
+    one.forward_backward(batch(0))
+    before = everything(one)
+    one.forward_backward(batch(1))
+    with pytest.raises(FloatingPointError, match="optimizer step 0: the norm of the summed gradient is inf; the weights were not changed"):
+        one.optim_step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in everything(one).items())
+
+
+def test_a_large_gradient_is_clipped_by_its_true_norm(tiny: str) -> None:
+    """Its square does not fit into float32."""
+    one = engine(tiny, learner={"max_grad_norm": 1.0, "eps": 1.0, "weight_decay": 0.0})
+    name, parameter = one.named[3]
+    parameter.register_hook(lambda grad: torch.full_like(grad, 1e30))
+    one.forward_backward(batch(0))
+    assert one.optim_step()["grad_norm"] == pytest.approx(1e30 * parameter.numel() ** 0.5, rel=1e-6), name
+    given = one.optimizer.state[one.master[parameter]]["exp_avg"] / (1 - one.cfg.betas[0])
+    torch.testing.assert_close(given, torch.full_like(given, parameter.numel() ** -0.5))
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_micro_batch(tiny: str) -> None:
+    one, whole = engine(tiny), batch()
+    with pytest.raises(FloatingPointError, match=r"the loss of .* is nan"):
+        one.forward_backward(whole, weights=torch.full((whole.num_tokens,), torch.nan))
 
 
 def test_sharding_is_refused(tiny: str) -> None:
