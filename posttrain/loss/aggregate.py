@@ -157,6 +157,24 @@ class GroupMeanTokenMean:
 
 
 @dataclass(frozen=True)
+class GroupSum:
+    """The mean over groups of sums over their tokens.
+
+    Equation: ``1 / N_grp``.
+    Source: objectives stated per prompt: pass@k, arXiv 2503.19595; group regressions, arXiv 2504.19599.
+
+    Wrong when: the advantages are those of a mean over the group: the step is then larger by the size of the group.
+    """
+
+    @property
+    def formula(self) -> str:
+        return "1/N_grp"
+
+    def coefficient(self, view: TokenView, kept: Tensor | None = None) -> Tensor:
+        return torch.full_like(view.logp, 1.0 / max(view.totals.groups, 1))
+
+
+@dataclass(frozen=True)
 class PairSum:
     """The mean over preference pairs of sums over tokens.
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from posttrain.loss.reference import number
 from posttrain.loss.view import LEVELS, Level, TokenView
@@ -65,6 +66,30 @@ def _log(value: float, what: str) -> float:
     if value < 0:
         raise ValueError(f"{what} is {value}: the bound of a ratio cannot be below 0")
     return math.log(value) if value > 0 else -math.inf
+
+
+def _clamp(d: Tensor, least: float, most: float, what: str) -> Tensor:
+    """A log-ratio held between the logarithms of two bounds."""
+    return d.clamp(_log(least, f"min of {what}"), _log(most, f"max of {what}"))
+
+
+def _clamped(ratio: str, least: Scalar, most: Scalar, over: str = "") -> str:
+    """``clamp`` as text, shorter without a lower bound."""
+    if not callable(least) and least == 0:
+        return f"min(1, {number(most)}{over})" if over else f"min({ratio}, {number(most)})"
+    return f"clamp({ratio}, {number(least)}, {number(most)}){over}"
+
+
+def _ordered(term: Any) -> None:
+    if not callable(term.min) and not callable(term.max) and term.min > term.max:
+        raise ValueError(f"mask.{type(term).__name__}: min={term.min} is above max={term.max}")
+
+
+def _above_zero(term: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(term, name)
+        if not callable(value) and not value > 0:
+            raise ValueError(f"mask.{type(term).__name__}: {name}={value} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,15 @@ class DualClip(_Ratio):
         if not callable(self.c) and not self.c > 1:
             raise ValueError(f"mask.DualClip: c={self.c} must be above 1 (and above 1 + high of the clip)")
 
+    def fits(self, stream: Any) -> None:
+        """Raise ``ValueError`` when a clip of the same ratio already ends beyond ``c``."""
+        for key, other in stream.masks.items():
+            same = isinstance(other, RatioClip) and (other.to, other.over, other.level) == (self.to, self.over, self.level)
+            if same and not callable(self.c) and not callable(other.high) and self.c <= 1 + other.high:
+                raise ValueError(
+                    f"mask.DualClip: c={self.c} must be above 1 + high={1 + other.high:g} of the mask {key!r} on the same ratio"
+                )
+
     @property
     def formula(self) -> str:
         return f"keep(A > 0 or {self.ratio} <= {number(self.c)})"
@@ -141,10 +175,11 @@ class DualClip(_Ratio):
 class Cap(_Ratio):
     """Cap the ratio: every token keeps a gradient, none with a weight above the cap.
 
-    Equation: ``min(1, max / r)``, so that ``r`` times the factor is ``min(r, max)``.
+    Equation: ``clamp(r, min, max) / r``, so that ``r`` times the factor is ``clamp(r, min, max)``.
     Source: CISPO, MiniMax-M1, arXiv 2506.13585; the value form of the cap is ScaleRL's, arXiv 2510.13786 (others write ``1 + epsilon``).
 
-    ``max``: the largest ratio.  ``to``, ``over``, ``level``: as in :class:`RatioClip`; they should name the ratio the reference uses.
+    ``max``: the largest ratio.  ``min``: the smallest; 0 leaves small ratios alone, as published.  ``to``, ``over``, ``level``: as in
+    :class:`RatioClip`; they should name the ratio the reference uses.
 
     Wrong when: the reference's ratio is another one: the product is then not capped.
     """
@@ -153,28 +188,32 @@ class Cap(_Ratio):
     to: str = "old"
     over: str = "self"
     level: Level | None = None
+    min: Scalar = 0.0
 
     def __post_init__(self) -> None:
-        self._check(max=0.0)
+        self._check(max=0.0, min=0.0)
+        _ordered(self)
 
     @property
     def formula(self) -> str:
-        return f"min(1, {number(self.max)} / ({self.ratio}))"
+        return _clamped(self.ratio, self.min, self.max, f" / ({self.ratio})")
 
     def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
-        return (_log(view.at(self.max), "max of mask.Cap") - self.log_ratio(view)).clamp(max=0.0)
+        d = self.log_ratio(view)
+        return _clamp(d, view.at(self.min), view.at(self.max), "mask.Cap") - d
 
 
 @dataclass(frozen=True)
 class Truncate(_Ratio):
     """Truncated importance sampling between the policy that sampled and the learner's snapshot of it.
 
-    Equation: with ``rho = pi_over / pi_to``, ``apply="cap"``: ``min(1, max / rho)``, for a reference that already holds ``rho``
-    (``to: behaviour``); ``apply="weight"``: ``min(rho, max)``, for a reference that does not (``to: old``).
+    Equation: with ``rho = pi_over / pi_to``, ``apply="cap"``: ``clamp(rho, min, max) / rho``, for a reference that already holds ``rho``
+    (``to: behaviour``); ``apply="weight"``: ``clamp(rho, min, max)``, for a reference that does not (``to: old``).
     Source: truncated importance sampling, arXiv 1606.02647, as train/rollout correction (Yao et al. 2025).
 
-    ``max``: the largest ``rho``; 1 never amplifies, ``inf`` never truncates.  ``to``, ``over``: the ratio is ``over / to``.  ``level``:
-    ``sequence`` is the product over the answer, ``sequence_geometric`` its mean; they react to length in opposite ways.
+    ``max``: the largest ``rho``; 1 never amplifies, ``inf`` never truncates.  ``min``: the smallest; 0 leaves small ones alone.  ``to``,
+    ``over``: the ratio is ``over / to``.  ``level``: ``sequence`` is the product over the answer, ``sequence_geometric`` its mean; they react
+    to length in opposite ways.
 
     Wrong when: the engine's log-probs are of another distribution than the learner's (temperature, top-p, raw instead of processed).
     """
@@ -184,20 +223,22 @@ class Truncate(_Ratio):
     over: str = "old"
     level: Level | None = None
     apply: Literal["cap", "weight"] = "cap"
+    min: Scalar = 0.0
 
     def __post_init__(self) -> None:
-        self._check(max=0.0)
+        self._check(max=0.0, min=0.0)
+        _ordered(self)
         if self.apply not in ("cap", "weight"):
             raise ValueError(f"mask.Truncate: apply={self.apply!r} does not exist; choose cap or weight")
 
     @property
     def formula(self) -> str:
-        most = number(self.max)
-        return f"min(1, {most} / ({self.ratio}))" if self.apply == "cap" else f"min({self.ratio}, {most})"
+        return _clamped(self.ratio, self.min, self.max, f" / ({self.ratio})" if self.apply == "cap" else "")
 
     def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
-        rho, bound = self.log_ratio(view), _log(view.at(self.max), "max of mask.Truncate")
-        return (bound - rho).clamp(max=0.0) if self.apply == "cap" else rho.clamp(max=bound)
+        rho = self.log_ratio(view)
+        bounded = _clamp(rho, view.at(self.min), view.at(self.max), "mask.Truncate")
+        return bounded - rho if self.apply == "cap" else bounded
 
 
 @dataclass(frozen=True)
@@ -262,3 +303,187 @@ class DropTruncated:
     def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
         keep = [finish not in self.reasons for finish in view.batch.finish]
         return view.spread(torch.tensor(keep, dtype=view.logp.dtype, device=view.logp.device))
+
+
+@dataclass(frozen=True)
+class SoftGate(_Ratio):
+    """Let a token fade out smoothly as its ratio leaves 1, in either direction.
+
+    Equation: ``4 sigmoid(x) (1 - sigmoid(x))`` with ``x = tau (r - 1)``: ``r`` times it is the slope of ``(4 / tau) sigmoid(x)`` in ``log r``.
+    Source: SAPO, arXiv 2511.20347.
+
+    ``tau_pos``, ``tau_neg``: how fast, for ``A > 0`` and for the rest; towards 0 nothing fades.  ``to``, ``over``, ``level``: as in
+    :class:`RatioClip`.
+
+    Wrong when: a hard clip on the same ratio stands beside it: the clip then decides.
+    """
+
+    tau_pos: Scalar = 1.0
+    tau_neg: Scalar = 1.05
+    to: str = "old"
+    over: str = "self"
+    level: Level | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        _above_zero(self, "tau_pos", "tau_neg")
+
+    @property
+    def formula(self) -> str:
+        return f"4 s(1-s) [s = sigmoid(tau ({self.ratio} - 1)), tau = {number(self.tau_pos)} where A > 0, else {number(self.tau_neg)}]"
+
+    def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        d = self.log_ratio(view)
+        tau = torch.where(advantage > 0, view.at(self.tau_pos), view.at(self.tau_neg)).to(d.dtype)
+        x = tau * torch.expm1(d)
+        return math.log(4.0) + logsigmoid(x) + logsigmoid(-x)
+
+
+@dataclass(frozen=True)
+class InnerClip(_Ratio):
+    """Clip the log-ratio of each token before the answer's geometric mean is taken of them; drop the tokens that were clipped.
+
+    Equation: with ``c[t] = min(d[t], high)`` where ``A > 0`` and ``max(d[t], -low)`` where ``A < 0``: ``[c[t] = d[t]] * exp(mean c) / r``, so that
+    the ratio ``r`` of the reference becomes ``exp(mean c)``.
+    Source: GMPO, arXiv 2507.20673.
+
+    ``low``, ``high``: the bounds in log space, 0.4 as published; not the 0.2 of a ratio.  ``to``, ``over``: the log-ratio is ``log(over / to)``, and the
+    stream's reference must use the same one.
+
+    Wrong when: the reference is another policy: ``r`` does not cancel.  A clipped token stays in the mean with its clipped value, so this is
+    not a geometric ratio plus a token mask.
+    """
+
+    low: Scalar = 0.4
+    high: Scalar = 0.4
+    to: str = "old"
+    over: str = "self"
+    level = None
+    coupling = "sequence"
+
+    def __post_init__(self) -> None:
+        self._check(low=0.0, high=0.0)
+
+    @property
+    def formula(self) -> str:
+        return f"[d unclipped] exp(mean clip(d, -{number(self.low)}, {number(self.high)}))/r [one-sided, d = log {self.ratio}]"
+
+    def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        d = view.log_ratio(self.to, self.over, "token")
+        up, down = d.clamp(max=view.at(self.high)), d.clamp(min=-view.at(self.low))
+        clipped = torch.where(advantage > 0, up, torch.where(advantage < 0, down, d))
+        factor = view.spread(view.seq_mean(clipped)) - self.log_ratio(view)
+        return torch.where(clipped == d, factor, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Divergence(_Ratio):
+    """Drop a token whose *probability* has moved too far in the direction its advantage pushes.
+
+    Equation: with ``p = pi_over``, ``q = pi_to`` of the sampled token: ``tv``: keep while ``p - q <= high`` (``A > 0``) or ``q - p <= low`` (``A < 0``);
+    ``kl``: the same for ``q log(q/p) + (1-q) log((1-q)/(1-p))`` on the side the token moves to.
+    Source: DPPO (divergence), arXiv 2602.04879; ``one_sided=False`` is a symmetric mask some trainers call by the name of a preference loss.
+
+    ``kind``: total variation or Bernoulli KL.  ``low``, ``high``: bounds on a probability or a divergence, not on a ratio.  ``to``, ``over``: the
+    policies compared.  ``one_sided``: only against the push of the advantage; ``False`` drops whatever moved, whatever its sign.
+
+    Wrong when: nothing bounds the ratio: a rare token may grow a hundredfold within a bound of 0.2; add :class:`Cap`.
+    """
+
+    kind: Literal["tv", "kl"] = "tv"
+    low: Scalar = 0.2
+    high: Scalar = 0.2
+    to: str = "behaviour"
+    over: str = "self"
+    one_sided: bool = True
+    level = None
+
+    def __post_init__(self) -> None:
+        self._check(low=0.0, high=0.0)
+        if self.kind not in ("tv", "kl"):
+            raise ValueError(f"mask.Divergence: kind={self.kind!r} does not exist; choose tv or kl")
+
+    @property
+    def formula(self) -> str:
+        sides = "one-sided" if self.one_sided else "both sides"
+        return f"keep({self.kind} of {self.ratio} in [-{number(self.low)}, {number(self.high)}], {sides})"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        log_p, log_q = view.select(view.reference(self.over)), view.select(view.reference(self.to))
+        p, q = torch.exp(log_p), torch.exp(log_q)
+        moved = p - q if self.kind == "tv" else _bernoulli(log_p, log_q) * torch.sign(p - q)
+        above, below = moved > view.at(self.high), moved < -view.at(self.low)
+        if self.one_sided:
+            above, below = above & (advantage > 0), below & (advantage < 0)
+        return (~(above | below)).to(p.dtype)
+
+
+def _bernoulli(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL from ``(q, 1 - q)`` to ``(p, 1 - p)``; the rest terms carry a guard, so that ``p = 1`` is large and not infinite."""
+    p, q = torch.exp(log_p), torch.exp(log_q)
+    own = torch.where(q > 0, q * (log_q - log_p), torch.zeros_like(q))
+    return own + (1 - q) * (torch.log(1 - q + 1e-8) - torch.log(1 - p + 1e-8))
+
+
+@dataclass(frozen=True)
+class DropDeadGroups:
+    """Drop the groups in which every advantage is 0.
+
+    Equation: ``[some token of the group has A != 0]``.
+    Source: dynamic sampling, DAPO, arXiv 2503.14476, where such groups are replaced by new ones.
+
+    Their weights are 0 already, so this acts on what an aggregation counts as ``kept`` and on nothing else.
+
+    Wrong when: KL or entropy should still act on these groups and is expected to leave with them: regularisers look at no mask.  Filtering moves the
+    prompts towards a success rate of one half.
+    """
+
+    coupling = "group"
+    live = True
+
+    @property
+    def formula(self) -> str:
+        return "keep(group has A != 0)"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        own = (view.seq_sum((advantage != 0).to(view.logp.dtype)) > 0).to(view.logp.dtype)
+        grouped = view.batch.group >= 0
+        alive = torch.where(grouped, view.code_sum(view.batch.group, own), own) > 0
+        return view.spread(alive.to(view.logp.dtype))
+
+
+@dataclass(frozen=True)
+class TopEntropy:
+    """Keep the tokens at which the policy was least certain.
+
+    Equation: ``[H[t] >= the k-th largest entropy of the step]``, ``k = ceil(share * N_tok)``; ties are kept.
+    Source: arXiv 2506.01939 (the 80/20 rule).
+
+    ``share``: how much is kept, above 0 and at most 1.  The entropy is that of the current policy over the whole vocabulary, without gradient.
+
+    Wrong when: the normaliser is forgotten: with ``aggregation.denominator=kept`` the step is ``1/share`` times larger.
+    """
+
+    share: Scalar = 0.2
+    coupling = "batch"
+    live = True
+    needs = frozenset({"entropy"})
+
+    def __post_init__(self) -> None:
+        if not callable(self.share) and not 0 < self.share <= 1:
+            raise ValueError(f"mask.TopEntropy: share={self.share} is the part of the tokens that is kept, above 0 and at most 1")
+
+    @property
+    def formula(self) -> str:
+        return f"keep(entropy in the top {number(self.share)})"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        view.require_whole("mask.TopEntropy")
+        entropy = view.reference("entropy")
+        return (entropy >= _kth_largest(entropy[view.on], view.at(self.share))).to(view.logp.dtype)
+
+
+def _kth_largest(values: Tensor, share: float) -> float:
+    """The value that ``ceil(share * n)`` of ``values`` reach; minus infinity when there are none."""
+    k = math.ceil(round(share * len(values), 9))
+    return float(torch.topk(values, min(max(k, 1), len(values))).values[-1]) if len(values) else -math.inf

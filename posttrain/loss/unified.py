@@ -34,7 +34,8 @@ class Term(Protocol):
     a group or the batch.  Live and coupled wider than a sequence means: keep the set whole, or take two passes. ``needs``: reference
     columns it reads.  ``formula``: its factor as text, for ``posttrain explain``.  ``contexts``: scoring contexts whose rows it reads beside
     the stream's own (``TokenView.beside``).  ``remember(view) -> {name: number}`` (optional): what it carries on to the next step, read back
-    with ``TokenView.recall``; such a term is live and coupled over the batch.
+    with ``TokenView.recall``; such a term is live and coupled over the batch.  ``fits(stream)`` (optional) raises ``ValueError`` when the other
+    terms of its stream contradict it.
     """
 
 
@@ -121,6 +122,9 @@ class Stream:
             raise ValueError(f"stream source {unknown[0]!r} does not exist; choose from {', '.join(Source.__members__)}")
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "masks", {k: m for k, m in dict(self.masks).items() if m is not None})
+        for term in self.terms.values():
+            if hasattr(term, "fits"):
+                term.fits(self)
 
     @property
     def terms(self) -> dict[str, Any]:

@@ -38,12 +38,12 @@ def _require(holds: bool, message: str) -> None:
 
 def example_batch(seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch.float64, fresh: bool = False) -> TokenBatch:
     """Nine ragged sequences with everything a term may read: groups of 4, 2 and 2, a preference pair inside each two, tool tokens in the
-    middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, and the columns current, old, behaviour, base
-    and teacher.
+    middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, and the columns current, old, behaviour, base,
+    teacher and entropy.
 
     ``spread`` is the standard deviation of the log-ratios.
     """
-    rng = random.Random(seed)
+    rng, more = random.Random(seed), random.Random(seed + 1000)
     rows = []
     for i in range(8):
         prompt, answer = rng.randint(1, 3), rng.randint(2, 6)
@@ -54,6 +54,7 @@ def example_batch(seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch
         current = [math.nan] * prompt + [-3.0 * rng.random() - 0.01 for _ in range(answer)]
         sampled = [s == "policy" for s in sources]
         columns = {n: [c + rng.gauss(0.0, spread) if on else math.nan for c, on in zip(current, sampled, strict=True)] for n in COLUMNS}
+        columns["entropy"] = [more.random() if on else math.nan for on in sampled]
         rows.append(
             Row(
                 ids=[rng.randrange(11) for _ in range(length)],
