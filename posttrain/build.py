@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from posttrain.data.pack import Packer
 from posttrain.data.sampler import Sampler
 from posttrain.folder import RunFolder
 from posttrain.heldout import HeldOut, sentence
-from posttrain.mixture.gate import PassThrough
+from posttrain.mixture.demos import Demos
+from posttrain.mixture.gate import PassThrough, changes
 from posttrain.records import Group, Sampling
 from posttrain.report.reporter import Reporter
 from posttrain.update import Learn
@@ -87,23 +88,28 @@ class DataSet:
 
 @dataclass
 class GateStage:
-    """The gate with its stream of demonstrations."""
+    """The gate with its demonstrations.  ``metrics`` says what it did to the last step."""
 
     gate: Any
-    demos: Sequence[Any]
-    sampler: Sampler | None
+    demos: Demos
+    steps: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict() if self.sampler else None}
+        own = self.gate.state_dict() if hasattr(self.gate, "state_dict") else None
+        return {"sampler": self.demos.sampler.state_dict() if self.demos.sampler else None, "gate": own}
 
     def load(self, state: dict[str, Any]) -> None:
-        if self.sampler and state["sampler"]:
-            self.sampler.load_state_dict(state["sampler"])
+        if self.demos.sampler and state["sampler"]:
+            self.demos.sampler.load_state_dict(state["sampler"])
+        if state.get("gate"):
+            self.gate.load_state_dict(state["gate"])
 
     def __call__(self, items: Sequence[Any], step: int) -> list[Any]:
-        drawn = [self.demos[i] for i in self.sampler.next(self.gate.demos_per_step)] if self.sampler and self.gate.demos_per_step else []
-        return self.gate(items, drawn, step)
+        out = self.gate(items, self.demos, step, step / self.steps)
+        self.metrics = changes(items, out)
+        return out
 
 
 @dataclass
@@ -318,8 +324,9 @@ async def open_stage(
         sizes = len(records)
         if config.rollout.kind == "replay" and sizes < config.rollout.prompts_per_step:
             console.message(f"data.train holds {sizes} records, fewer than rollout.prompts_per_step={config.rollout.prompts_per_step}: each is seen more than once per step")
-        gate = GateStage(config.mixture.gate or PassThrough(), demos, Sampler(demos, config.seed, name="demos") if demos else None)
-        if gate.gate.demos_per_step and not demos:
+        drawn = Sampler(demos, config.seed, name="demos") if demos else None
+        gate = GateStage(config.mixture.gate or PassThrough(), Demos(demos, drawn), config.steps)
+        if gate.gate.uses_demos and not demos:
             raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
     rewards = make_rewards(config)
     pool = make_pool(config, tokenizer, version=0) if _samples(config) else None
@@ -340,7 +347,7 @@ async def open_stage(
         held_out = HeldOut(config.eval, pool, rewards, evaluation, sampling_of(config, evaluation=True), config.steps, console.message)
         publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
         packer = Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch)
-        learn = Learn(config.loss, packer, learner, config.seed, tolerance=_tolerance(config))
+        learn = Learn(config.loss, packer, learner, config.seed, _tolerance(config), separate_demos=getattr(gate.gate, "separate_step", False))
         canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1)
         reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
         if found:

@@ -143,7 +143,7 @@ def rewards(config: RunConfig) -> None:
     metric = config.eval.metric
     if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
         raise ConfigError(f"eval.metric={metric}: the rewards are {', '.join(reward.fn)}; null takes them combined")
-    if getattr(config.mixture.gate, "demos_per_step", 0) and config.data.demos is None:
+    if getattr(config.mixture.gate, "uses_demos", False) and config.data.demos is None:
         raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
 
 

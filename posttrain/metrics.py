@@ -64,6 +64,11 @@ FAMILIES: dict[str, list[Metric]] = {
         advantage/dead_groups | mean | groups | share | groups of several with equal rewards
         advantage/single_groups | mean | groups | share | groups left with one scored rollout, which has no baseline
     """),
+    "Mixture": _family("""
+        mixture/demonstrations | sum | | demonstrations | demonstrations a gate let in beside the groups
+        mixture/groups_left_out | sum | | groups | groups a gate left out, demonstrations learnt in their place
+        mixture/injected | sum | | demonstrations | demonstrations inside groups, sharing their baseline
+    """),
     "Verifiers": _family("""
         reward/failed | mean | rollouts | share | rollouts whose verdict failed: masked, never counted as 0
         reward/masked | sum | | rollouts | finished rollouts without a reward, because a required verdict failed

@@ -10,7 +10,7 @@ Whether one pass is enough or two are needed is decided here, from what the obje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from posttrain.data.report import Report
 from posttrain.data.rows import to_rows
 from posttrain.loss.unified import Objective
 from posttrain.metrics import Accumulator
-from posttrain.records import TokenBatch
+from posttrain.records import Demo, TokenBatch
 
 
 def scatter(step: Step, values: Sequence[Tensor]) -> Tensor:
@@ -35,7 +35,10 @@ def scatter(step: Step, values: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class Learn:
-    """The learner's side of the loop.  ``learner`` is a group of ranks with ``score`` and ``step``."""
+    """The learner's side of the loop.  ``learner`` is a group of ranks with ``score`` and ``step``.
+
+    ``separate_demos``: demonstrations get one optimizer step of their own, after those of everything else.
+    """
 
     objective: Objective
     packer: Packer
@@ -43,6 +46,7 @@ class Learn:
     seed: int = 0
     tolerance: float | None = None
     checked: bool = False
+    separate_demos: bool = False
 
     async def learn(self, step: int, items: Sequence[Any], progress: float) -> Accumulator:
         """Take every optimizer step this batch is worth.  Returns the metrics of all of them.
@@ -51,13 +55,17 @@ class Learn:
         """
         needs = self.objective.needs
         counted = Report("packed")
-        rows = to_rows(items, counted)
+        first, second = self._parts(items)
+        rows, later = to_rows(first, counted), to_rows(second, counted)
         totals = Accumulator()
         totals.add({f"data/dropped/{reason}": (float(n), 0.0) for reason, n in counted.dropped.items()})
-        if not rows:
+        if not rows and not later:
             raise ValueError(f"step {step}: nothing is left to learn from ({counted}); look at the rewards, the filters and the data")
-        plan = self.packer.plan(rows, needs.keep_whole or "token", seed=self.seed + step, progress=progress)
-        await self._agreement(plan.steps[0])
+        coupling = needs.keep_whole or "token"
+        plan = list(self.packer.plan(rows, coupling, seed=self.seed + step, progress=progress)) if rows else []
+        if later:
+            plan += replace(self.packer, updates_per_batch=1).plan(later, coupling, progress=progress, fresh=not plan)
+        await self._agreement(plan[0])
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
             whole = one.whole.replace(totals=self.objective.totals(one.whole))
@@ -73,6 +81,12 @@ class Learn:
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
             totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
         return totals
+
+    def _parts(self, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """What the first optimizer steps learn from, and what the last one does."""
+        if not self.separate_demos:
+            return list(items), []
+        return [i for i in items if not isinstance(i, Demo)], [i for i in items if isinstance(i, Demo)]
 
     async def _agreement(self, one: Step) -> None:
         """At the first step of a run: how far the engine's log-probs are from the learner's on the sampled tokens.
@@ -92,8 +106,6 @@ class Learn:
 
         ``old`` is filled only when several optimizer steps share the batch: on the first, the current policy *is* the old one.
         """
-        from dataclasses import replace
-
         whole: TokenBatch = one.whole
         wanted = self.objective.needs.references
         if "base" in wanted:

@@ -66,7 +66,7 @@ class TokenView:
             return self.logp
         column = self.batch.logps.get(to)
         if column is None:
-            if to == "old" and self.batch.fresh:
+            if (to == "old" and self.batch.fresh) or not bool(self.on.any()):
                 return self.logp
             raise ValueError(f"stream {self.name!r} needs the log-prob column {to!r}; the batch has {sorted(self.batch.logps) or 'none'}")
         column = column.to(self.logp.dtype)

@@ -166,7 +166,7 @@ def idle_settings(config: RunConfig) -> list[str]:
         lines.append("reward: nothing is sampled and nothing is evaluated; set reward=none, or eval.at_end=true")
     if not config.reward.fn and config.reward.weights:
         lines.append("reward.weights: there is no reward; choose reward=NAME")
-    if config.data.demos is not None and not getattr(config.mixture.gate, "demos_per_step", 0):
+    if config.data.demos is not None and not getattr(config.mixture.gate, "uses_demos", False):
         lines.append("data.demos: no gate asks for demonstrations; set mixture.gate, or data.demos=null")
     if learner.schedule == "constant" and learner.min_lr_ratio > 0:
         lines.append(f"learner.min_lr_ratio={learner.min_lr_ratio:g}: learner.schedule=constant never comes down; choose linear or cosine")

@@ -12,6 +12,7 @@ from posttrain.canary import CanaryError
 from posttrain.config import RunConfig
 from posttrain.folder import RunFolder
 from posttrain.metrics import repetition
+from posttrain.mixture.gate import is_given
 from posttrain.records import Group, Rollout
 
 
@@ -61,7 +62,7 @@ class Reporter:
         """``step`` counts from 0; files and people count finished steps, from 1."""
         now = time.monotonic()
         seconds, self._since = now - self._since, now
-        rollouts = [r for i in items if isinstance(i, Group) for r in i.rollouts]
+        rollouts = [r for i in items if isinstance(i, Group) for r in i.rollouts if not is_given(r)]
         shown = {"progress/step": float(step + 1), **metrics, **_rollout_metrics(rollouts)}
         tokens = sum(v for k, v in shown.items() if k.endswith("/tokens") and k.count("/") == 1 and k != "mismatch/tokens")
         shown |= {"time/step_s": seconds, "time/tokens_per_s": tokens / max(seconds, 1e-9)}

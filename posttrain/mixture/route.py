@@ -1,0 +1,48 @@
+"""Gates that choose one text per prompt to imitate: the best of the model's own, or a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from posttrain.mixture.demos import Demos
+from posttrain.mixture.gate import REPLACED, Success
+from posttrain.records import Demo, Group
+
+
+@dataclass(frozen=True)
+class FirstAccepted:
+    """One target per prompt: the model's own answer if it is right, else a given one.
+
+    Source: S3FT, arXiv 2502.08130 (own answer, own paraphrase of the reference, reference), decided at every step instead of once.
+
+    ``prefer``: the order of given answers, by the value of their row's column ``kind_column`` (a row without it comes last); they are taken
+    as right, so a paraphrase must have been judged when the data was made.  ``success``: when an own answer is right; its advantage is 1,
+    the others of its group are not learnt from.
+
+    Wrong when: the verifier accepts empty or unreadable answers: the model imitates them.
+    """
+
+    prefer: tuple[str, ...] = ()
+    kind_column: str = "kind"
+    success: Success = field(default_factory=Success)
+    uses_demos = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefer", (self.prefer,) if isinstance(self.prefer, str) else tuple(self.prefer))
+
+    def __call__(self, items: Sequence[Any], demos: Demos, step: int, progress: float) -> list[Any]:
+        return [one for item in items for one in (self._route(item, demos) if isinstance(item, Group) else [item])]
+
+    def _route(self, group: Group, demos: Demos) -> list[Any]:
+        right = next((i for i, r in enumerate(group.rollouts) if self.success.of(r)), None)
+        if right is not None:
+            rollouts = tuple(replace(r, advantage=1.0 if i == right else None) for i, r in enumerate(group.rollouts))
+            return [replace(group, rollouts=rollouts)]
+        given = sorted(demos.of(group.prompt), key=self._rank)[:1]
+        return [replace(group, dropped=REPLACED if given else "nothing_accepted"), *given]
+
+    def _rank(self, demo: Demo) -> int:
+        kind = demo.prompt.meta.get(self.kind_column) if demo.prompt else None
+        return self.prefer.index(kind) if kind in self.prefer else len(self.prefer)
