@@ -6,19 +6,22 @@ the terms here read that column, or the current log-probabilities.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from posttrain.loss.preference import check_beta, check_stream, label_column, pair_difference, require_pairs, reward_column, sequence_score
 from posttrain.loss.reference import number
 from posttrain.loss.view import Metrics, TokenView
 from posttrain.mixture.schedule import Scalar
 
 SCORES = ("log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean")
-SHAPES = ("logistic", "squared", "hinge")
+SHAPES = ("logistic", "squared", "hinge", "sigmoid", "reverse_kl")
+TRANSFORMS = ("identity", "log_odds", "power", "log_sigmoid")
 
 
 @dataclass(frozen=True)
@@ -121,45 +124,76 @@ class ColumnMinusKL:
 class Pairwise:
     """A preference pair: push the chosen answer up and the rejected one down, less and less as the margin is reached.
 
-    Equation: with ``h = score(chosen) - score(rejected)`` and a loss ``f(h)``, ``A = -f'(h)`` on the chosen answer and ``+f'(h)`` on the
-    rejected one: ``logistic``: ``f = -log sigmoid(beta h)``; ``squared``: ``f = (h - 1/(2 beta))**2``; ``hinge``: ``f = max(0, 1 - beta
-    h)``.
-    Source: DPO, arXiv 2305.18290; IPO, arXiv 2310.12036; hinge, arXiv 2309.06657; label smoothing, Mitchell 2023; ``debias``, arXiv
-    2403.00409.
+    Equation: ``h = s(chosen) - s(rejected)``, ``x = beta h - margin - gap``, ``A = -df/ds`` on each side; ``logistic``: ``f = -log sigmoid(x)``;
+    ``squared``: ``f = ((x - 1/2) / beta)**2``, that is ``(h - 1/(2 beta))**2``; ``hinge``: ``f = max(0, 1 - x)``; ``sigmoid``:
+    ``f = 1 - sigmoid(x)``; ``reverse_kl``: ``f = p log(p / (1-e)) + (1-p) log((1-p) / e)`` with ``p = sigmoid(x)``, ``e`` = ``label_smoothing``.
+    Source: DPO, arXiv 2305.18290; IPO, arXiv 2310.12036; hinge, arXiv 2305.10425 and 2309.06657; label smoothing, Mitchell 2023; ``debias``,
+    arXiv 2403.00409; ``reverse_kl``, EXO, arXiv 2402.00856; ``sigmoid``, arXiv 2408.06266; ``margin``, SimPO, arXiv 2405.14734; ``log_odds``,
+    ORPO, arXiv 2403.07691; ``power``, AlphaPO, arXiv 2501.03884, and f-DPO, arXiv 2309.16240; ``shortfall``, DPOP, arXiv 2402.13228.
 
     ``f``: the loss.  ``score``: ``log_ratio_sum`` or ``log_ratio_mean`` against ``to``, or ``logp_sum``, ``logp_mean`` without a reference;
     the aggregation must match (``PairSum`` for sums, ``PairTokenMean`` for means).  ``beta``: inverse temperature; with ``squared`` the
-    target margin is ``1/(2 beta)``.  ``label_smoothing``: the assumed share of flipped labels, logistic only; ``debias`` makes the smoothed
-    loss unbiased for it.
+    target margin is ``1/(2 beta)``.  ``label_smoothing``: the assumed share of flipped labels, for ``logistic`` (0: none) and ``reverse_kl``
+    (above 0); ``debias`` makes the smoothed logistic loss unbiased for it.  ``label``: a reward column of the chosen answer with the
+    probability that it is the better one, in the place of a hard label; logistic only.  ``margin``: subtracted from ``beta h``, in its
+    units.  ``gap``: a reward column whose difference, chosen minus rejected, is subtracted too: the pair's own margin.  ``transform`` of the
+    score: ``identity``; ``log_odds`` ``x - log(1 - exp(x))``, of ``logp`` scores; ``power`` ``(1 - exp(-alpha x)) / alpha``; ``log_sigmoid``
+    ``log sigmoid(x)``.  ``alpha``: the exponent of ``power``; 0 is the identity, 1 on log-ratios the forward KL.  ``limit``: beyond
+    ``|alpha x|`` of this size ``power`` is flat, with gradient 0.  ``shortfall``: the chosen score counts ``1 + shortfall`` times while it
+    is below the reference's.
 
     Wrong when: a pair is cut between micro-batches: an error unless the weights come from the whole step.  ``beta`` is not comparable
     between sums and means (0.1 and 5), nor learning rates between ``logistic`` and ``squared`` (first weights ``beta/2`` and ``1/beta``).
+    ``sigmoid`` and ``reverse_kl`` give no gradient to a pair that is ranked wrong by far.
     """
 
-    f: Literal["logistic", "squared", "hinge"] = "logistic"
+    f: Literal["logistic", "squared", "hinge", "sigmoid", "reverse_kl"] = "logistic"
     score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean"] = "log_ratio_sum"
     to: str = "base"
     beta: Scalar = 0.1
     label_smoothing: float = 0.0
     debias: bool = False
+    label: str | None = None
+    margin: Scalar = 0.0
+    gap: str | None = None
+    transform: Literal["identity", "log_odds", "power", "log_sigmoid"] = "identity"
+    alpha: float = 0.0
+    limit: float | None = None
+    shortfall: Scalar = 0.0
     coupling = "group"
     live = True
 
     def __post_init__(self) -> None:
-        if self.f not in SHAPES:
-            raise ValueError(f"advantage.Pairwise: f={self.f!r} does not exist; choose from {', '.join(SHAPES)}")
-        if self.score not in SCORES:
-            raise ValueError(f"advantage.Pairwise: score={self.score!r} does not exist; choose from {', '.join(SCORES)}")
-        if not callable(self.beta) and not self.beta > 0:
-            raise ValueError(f"advantage.Pairwise: beta={self.beta} must be above 0")
+        name = "advantage.Pairwise"
+        for key, value, known in (("f", self.f, SHAPES), ("score", self.score, SCORES), ("transform", self.transform, TRANSFORMS)):
+            if value not in known:
+                raise ValueError(f"{name}: {key}={value!r} does not exist; choose from {', '.join(known)}")
+        check_beta(name, self.beta, self.score, self.f in ("logistic", "sigmoid", "reverse_kl") and self.transform == "identity")
         if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"advantage.Pairwise: label_smoothing={self.label_smoothing} is a share of flipped labels, between 0 and 1")
-        if self.f != "logistic" and (self.label_smoothing or self.debias):
-            raise ValueError(f"advantage.Pairwise: label_smoothing and debias act on f=logistic only, not on f={self.f}")
+            raise ValueError(f"{name}: label_smoothing={self.label_smoothing} is a share of flipped labels, between 0 and 1")
+        if self.f not in ("logistic", "reverse_kl") and self.label_smoothing:
+            raise ValueError(f"{name}: label_smoothing and debias act on f=logistic only, and label_smoothing on reverse_kl, not on f={self.f}")
+        if self.f != "logistic" and (self.debias or self.label is not None):
+            raise ValueError(f"{name}: label and debias act on f=logistic only, not on f={self.f}")
+        if self.f == "reverse_kl" and not 0 < self.label_smoothing < 1:
+            raise ValueError(f"{name}: f=reverse_kl needs label_smoothing strictly between 0 and 1 (1e-3 is usual): log(0) stands in it otherwise")
         if self.debias and self.label_smoothing >= 0.5:
-            raise ValueError(
-                f"advantage.Pairwise: debias needs label_smoothing below 0.5, not {self.label_smoothing}: half-flipped labels say nothing"
-            )
+            raise ValueError(f"{name}: debias needs label_smoothing below 0.5, not {self.label_smoothing}: half-flipped labels say nothing")
+        if self.label is not None and self.label_smoothing:
+            raise ValueError(f"{name}: label={self.label} already says how sure the label is; set label_smoothing=0")
+        if self.transform == "log_odds" and not self.score.startswith("logp"):
+            raise ValueError(f"{name}: transform=log_odds needs a probability: score=logp_mean or logp_sum, not {self.score}")
+        if self.transform != "power" and (self.alpha or self.limit is not None):
+            raise ValueError(f"{name}: alpha and limit belong to transform=power, not {self.transform}")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"{name}: limit={self.limit} must be above 0, or null for none")
+        if self.shortfall != 0 and not self.score.startswith("log_ratio"):
+            raise ValueError(f"{name}: shortfall looks at scores below the reference's, so it needs score=log_ratio_sum or log_ratio_mean")
+        if not callable(self.shortfall) and self.shortfall < 0:
+            raise ValueError(f"{name}: shortfall={self.shortfall} must not be negative")
+
+    def fits(self, stream: Any) -> None:
+        check_stream("advantage.Pairwise", self.score, stream, both_sides=True)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -168,24 +202,40 @@ class Pairwise:
     @property
     def formula(self) -> str:
         beta, e = number(self.beta), self.label_smoothing
-        f = {"logistic": f"-log sigmoid({beta} h)", "squared": f"(h - 1/(2*{beta}))^2", "hinge": f"max(0, 1 - {beta} h)"}[self.f]
-        if e:
+        x = f"{beta} h" + (f" - {number(self.margin)}" if self.margin != 0 else "") + (f" - gap({self.gap})" if self.gap else "")
+        plain = x == f"{beta} h"
+        f = {
+            "logistic": f"-log sigmoid({x})",
+            "squared": f"(h - 1/(2*{beta}))^2" if plain else f"(({x} - 1/2)/{beta})^2",
+            "hinge": f"max(0, 1 - {x})" if plain else f"max(0, 1 - ({x}))",
+            "sigmoid": f"1 - sigmoid({x})",
+            "reverse_kl": f"KL(sigmoid({x}) || {1 - e:g})",
+        }[self.f]
+        if self.label is not None:
+            f += f" with labels {self.label}"
+        if e and self.f == "logistic":
             f += f" smoothed by {e:g}" + (", debiased" if self.debias else "")
         part = f"log(pi/pi_{self.to})" if self.score.startswith("log_ratio") else "log pi"
-        return f"(-/+ f'(h)) [f = {f}, h = {self.score.rsplit('_', 1)[1]} {part}, chosen - rejected]"
+        score = f"{self.score.rsplit('_', 1)[1]} {part}"
+        if self.transform != "identity":
+            score = f"{self.transform}{f'[{self.alpha:g}]' if self.transform == 'power' else ''}({score})"
+        if self.shortfall != 0:
+            score += f", below 0 times 1 + {number(self.shortfall)} when chosen"
+        return f"(-/+ f'(h)) [f = {f}, h = {score}, chosen - rejected]"
 
     def values(self, view: TokenView) -> Tensor:
-        h, _ = self._margin(view)
-        return view.spread(-view.batch.side.to(h.dtype) * self._slope(h, view.at(self.beta)))
+        h, _, slope = self._margin(view)
+        outer = self._slope(h, view.at(self.beta), self._offset(view), self._label(view))
+        return view.spread(-view.batch.side.to(h.dtype) * outer * slope)
 
     def objective(self, view: TokenView) -> Metrics:
         """The published loss, the share of pairs ranked right, the margin ``beta h`` and ``beta`` times the score of each side, per pair."""
-        h, score = self._margin(view)
+        h, score, _ = self._margin(view)
         chosen = (view.batch.pair >= 0) & (view.batch.side > 0) & view.in_pair
         rejected = (view.batch.pair >= 0) & (view.batch.side < 0) & view.in_pair
         pairs = float(chosen.sum())
         beta = view.at(self.beta)
-        loss = self._loss(h, beta)
+        loss = self._loss(h, beta, self._offset(view), self._label(view))
         return {
             "preference_loss": (float(loss[chosen].sum()), pairs),
             "margin": (beta * float(h[chosen].sum()), pairs),
@@ -194,55 +244,337 @@ class Pairwise:
             "rejected_score": (beta * float(score[rejected].sum()), pairs),
         }
 
-    def _margin(self, view: TokenView) -> tuple[Tensor, Tensor]:
-        """The margin of each sequence's pair and each sequence's score, both ``[S]``."""
-        self._require_pairs(view)
-        d = view.log_ratio(self.to, level="token") if self.score.startswith("log_ratio") else view.select(view.logp)
-        score = view.seq_sum(d) if self.score.endswith("_sum") else view.seq_mean(d)
-        pair, side = view.batch.pair, view.batch.side
-        size = int(pair.max()) + 1 if len(pair) and int(pair.max()) >= 0 else 1
-        has = pair >= 0
-        per_pair = torch.zeros(size, dtype=score.dtype, device=score.device).index_add(0, pair[has], (score * side)[has])
-        return torch.where(has, per_pair[pair.clamp(min=0)], torch.zeros_like(score)), score
+    def _margin(self, view: TokenView) -> tuple[Tensor, Tensor, Tensor]:
+        """The margin ``h`` of each sequence's pair, each sequence's score and its derivative by the raw one, all ``[S]``."""
+        require_pairs(view, "advantage.Pairwise")
+        raw = sequence_score(view, self.score, self.to)
+        score, slope = self._transformed(raw)
+        if (more := view.at(self.shortfall)) != 0:
+            short = (view.batch.side > 0) & (raw < 0)
+            score, slope = torch.where(short, (1 + more) * score, score), torch.where(short, (1 + more) * slope, slope)
+        return pair_difference(view, score), score, slope
 
-    def _require_pairs(self, view: TokenView) -> None:
-        batch = view.batch
-        single = view.member & (batch.pair < 0)
-        if bool(single.any()):
-            raise ValueError(
-                f"stream {view.name!r}: advantage.Pairwise needs preference pairs, but sample "
-                f"{batch.sample_ids[int(single.nonzero()[0])]!r} is in none; "
-                "give the stream paired=true, or give the rows a pair and a side"
-            )
-        for side in (1, -1):
-            here = view.in_pair & (batch.side == side)
-            counts = view.code_count(batch.pair, here)
-            wrong = view.in_pair & (counts != 1)
-            if bool(wrong.any()):
-                where = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"stream {view.name!r}: the pair of sample {batch.sample_ids[where]!r} has {int(counts[where])} "
-                    f"{'chosen' if side > 0 else 'rejected'} answers here instead of 1; keep pairs whole in a micro-batch, or pass "
-                    f"weights= "
-                    "computed on the whole step with objective.weights(batch)"
-                )
+    def _transformed(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        if self.transform == "log_odds":
+            x = raw.clamp(max=-torch.finfo(raw.dtype).eps)  # an answer of probability 1 has infinite odds
+            return x - torch.log(-torch.expm1(x)), -1.0 / torch.expm1(x)
+        if self.transform == "log_sigmoid":
+            return logsigmoid(raw), torch.sigmoid(-raw)
+        if self.transform == "power" and self.alpha:
+            x = self.alpha * raw
+            bound = torch.inf if self.limit is None else self.limit
+            flat = x.abs() > bound
+            x = x.clamp(-bound, bound)
+            return -torch.expm1(-x) / self.alpha, torch.where(flat, torch.zeros_like(x), torch.exp(-x))
+        return raw, torch.ones_like(raw)
 
-    def _slope(self, h: Tensor, beta: float) -> Tensor:
-        """``f'(h)``."""
+    def _offset(self, view: TokenView) -> Tensor | float:
+        """What is subtracted from ``beta h``: one number, or one per sequence ``[S]``."""
+        margin = view.at(self.margin)
+        if self.gap is None:
+            return margin
+        return margin + pair_difference(view, reward_column(view, self.gap, view.in_pair, "advantage.Pairwise.gap"))
+
+    def _label(self, view: TokenView) -> Tensor | float:
+        """The probability that the chosen answer is the better one, on both sides of the pair."""
+        if self.label is None:
+            return 1.0
+        chosen = view.in_pair & (view.batch.side > 0)
+        label = torch.where(chosen, label_column(view, self.label, chosen, "advantage.Pairwise.label"), 0.0)
+        return pair_difference(view, label)
+
+    def _slope(self, h: Tensor, beta: float, offset: Tensor | float = 0.0, label: Tensor | float = 1.0) -> Tensor:
+        """``df/dh``."""
+        x, e = beta * h - offset, self.label_smoothing
         if self.f == "squared":
-            return 2.0 * (h - 1.0 / (2.0 * beta))
+            return 2.0 * (x - 0.5) / beta
         if self.f == "hinge":
-            return -beta * (beta * h < 1.0).to(h.dtype)
-        e = self.label_smoothing
-        return -beta * (torch.sigmoid(-beta * h) + (e / (1 - 2 * e) if self.debias else -e))
+            return -beta * (x < 1.0).to(h.dtype)
+        if self.f == "sigmoid":
+            return -beta * torch.sigmoid(x) * torch.sigmoid(-x)
+        if self.f == "reverse_kl":
+            # p(1-p) before x - logit(1-e): at |x| = 1e4 the product is 0, not 0 * inf
+            return beta * torch.sigmoid(x) * torch.sigmoid(-x) * (x - math.log1p(-e) + math.log(e))
+        if self.debias:
+            return -beta * (torch.sigmoid(-x) + e / (1 - 2 * e))
+        # label * sigmoid(-x) - (1 - label) * sigmoid(x), smoothed
+        return -beta * (torch.sigmoid(-x) - (1.0 - label) - e)
 
-    def _loss(self, h: Tensor, beta: float) -> Tensor:
+    def _loss(self, h: Tensor, beta: float, offset: Tensor | float = 0.0, label: Tensor | float = 1.0) -> Tensor:
+        x, e = beta * h - offset, self.label_smoothing
         if self.f == "squared":
-            return (h - 1.0 / (2.0 * beta)) ** 2
+            return ((x - 0.5) / beta) ** 2
         if self.f == "hinge":
-            return (1.0 - beta * h).clamp(min=0.0)
-        e = self.label_smoothing
-        smoothed = -(1 - e) * logsigmoid(beta * h)
+            return (1.0 - x).clamp(min=0.0)
+        if self.f == "sigmoid":
+            return torch.sigmoid(-x)
+        if self.f == "reverse_kl":
+            up, down = logsigmoid(x), logsigmoid(-x)
+            return torch.exp(up) * (up - math.log1p(-e)) + torch.exp(down) * (down - math.log(e))
+        if self.label is not None:
+            return -label * logsigmoid(x) - (1.0 - label) * logsigmoid(-x)
+        smoothed = -(1 - e) * logsigmoid(x)
         if e:
-            smoothed = smoothed + (e if self.debias else -e) * logsigmoid(-beta * h)
+            smoothed = smoothed + (e if self.debias else -e) * logsigmoid(-x)
         return smoothed / (1 - 2 * e) if self.debias else smoothed
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """Labelled answers, one by one: push a good one up and a bad one down.  No pairs are needed.
+
+    Equation: ``r = beta (s - shift)``, ``y`` the label, ``A = -df/ds``; ``logistic``: ``f = -good y log sigmoid(r) - bad (1-y) log sigmoid(-r)``;
+    ``sigmoid``: ``f = good y (1 - sigmoid(r)) + bad (1-y) (1 - sigmoid(-r))``; ``squared``: ``f = (good y + bad (1-y)) (s - (y - 1/2)/beta)**2``.
+    Source: ``sigmoid`` with ``shift=mismatched``, KTO, arXiv 2402.01306; without a shift, on pairs, APO-zero, arXiv 2408.06266; ``logistic``
+    with ``shift=running_mean``, BCO, arXiv 2404.04656; without, an outcome reward model, arXiv 2412.01981; ``squared``, SPPO, arXiv 2405.00675.
+
+    ``f``: the loss.  ``score``, ``to``: as in :class:`Pairwise`.  ``beta``: inverse temperature.  ``label``: a reward column between 0 (bad) and
+    1 (good), hard or soft; ``side`` takes the sides of pairs.  ``shift``: what the score is compared with, never differentiated: ``none`` 0;
+    ``mismatched`` the mean log-ratio of answers put under other prompts of the step, at least 0: an estimate of the KL to the reference;
+    ``running_mean`` the mean score of all answers seen in the run, this step's included, carried on from step to step.  ``good``, ``bad``:
+    weights of the two classes, numbers or schedules.
+
+    Wrong when: the classes are far from balanced and ``good`` and ``bad`` are equal: the larger class decides.  With a shift the whole step is
+    coupled: the mean must not be taken per micro-batch.  ``sigmoid`` gives no gradient to an answer that is wrong by far.
+    """
+
+    f: Literal["logistic", "sigmoid", "squared"] = "logistic"
+    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean"] = "log_ratio_sum"
+    to: str = "base"
+    beta: Scalar = 0.1
+    label: str = "label"
+    shift: Literal["none", "mismatched", "running_mean"] = "none"
+    good: Scalar = 1.0
+    bad: Scalar = 1.0
+    live = True
+
+    def __post_init__(self) -> None:
+        name = "advantage.Pointwise"
+        known = {"f": ("logistic", "sigmoid", "squared"), "score": SCORES, "shift": ("none", "mismatched", "running_mean")}
+        for key, choices in known.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"{name}: {key}={getattr(self, key)!r} does not exist; choose from {', '.join(choices)}")
+        check_beta(name, self.beta, self.score, self.f != "squared")
+        for key in ("good", "bad"):
+            value = getattr(self, key)
+            if not callable(value) and value < 0:
+                raise ValueError(f"{name}: {key}={value} is the weight of a class and must not be negative")
+        if self.f == "squared" and self.shift != "none":
+            raise ValueError(f"{name}: f=squared pins each score to its own target; set shift=none (it is {self.shift})")
+        if self.shift == "mismatched" and not self.score.startswith("log_ratio"):
+            raise ValueError(f"{name}: shift=mismatched estimates a KL, so it needs score=log_ratio_sum or log_ratio_mean, not {self.score}")
+
+    def fits(self, stream: Any) -> None:
+        check_stream("advantage.Pointwise", self.score, stream)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.to}) if self.score.startswith("log_ratio") else frozenset()
+
+    @property
+    def coupling(self) -> str:
+        return "sequence" if self.shift == "none" else "batch"
+
+    @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset({"mismatched"}) if self.shift == "mismatched" else frozenset()
+
+    @property
+    def remembers(self) -> bool:
+        return self.shift == "running_mean"
+
+    @property
+    def formula(self) -> str:
+        part = f"log(pi/pi_{self.to})" if self.score.startswith("log_ratio") else "log pi"
+        beta, score = number(self.beta), f"{self.score.rsplit('_', 1)[1]} {part}"
+        if self.f == "squared":
+            return f"(-f'(s)) [f = (s - (y - 1/2)/{beta})^2, s = {score}, y = {self.label}]"
+        weights = "" if (self.good, self.bad) == (1.0, 1.0) else f", good {number(self.good)}, bad {number(self.bad)}"
+        shift = {"none": "", "mismatched": " - KL", "running_mean": " - running mean"}[self.shift]
+        f = {"logistic": "-log sigmoid(+/- r)", "sigmoid": "1 - sigmoid(+/- r)"}[self.f]
+        return f"(-f'(s)) [f = {f}, r = {beta} (s{shift}), s = {score}, + where {self.label}{weights}]"
+
+    def values(self, view: TokenView) -> Tensor:
+        score, beta, y, good, bad = self._parts(view)
+        if self.f == "squared":
+            return view.spread(-2.0 * (good + bad) * (score - (y - 0.5) / beta))
+        r = beta * (score - self._shift(view, score))
+        if self.f == "sigmoid":
+            return view.spread(beta * (good - bad) * torch.sigmoid(r) * torch.sigmoid(-r))
+        return view.spread(beta * (good * torch.sigmoid(-r) - bad * torch.sigmoid(r)))
+
+    def objective(self, view: TokenView) -> Metrics:
+        """The published loss, the share of answers on the right side of the shift, the share of good ones, ``beta`` times the score of each
+        class, and ``beta`` times the shift, per answer."""
+        score, beta, y, good, bad = self._parts(view)
+        shift = self._shift(view, score)
+        r = beta * (score - shift)
+        loss = {
+            "squared": lambda: (good + bad) * (score - (y - 0.5) / beta) ** 2,
+            "sigmoid": lambda: good * torch.sigmoid(-r) + bad * torch.sigmoid(r),
+            "logistic": lambda: -good * logsigmoid(r) - bad * logsigmoid(-r),
+        }[self.f]()
+        here, up = view.member, view.member & (y > 0.5)
+        count, many = float(here.sum()), float(up.sum())
+        return {
+            "preference_loss": (float(loss[here].sum()), count),
+            "accuracy": (float(((r > 0) == (y > 0.5))[here].sum()), count),
+            "good": (many, count),
+            "good_score": (beta * float(score[up].sum()), many),
+            "bad_score": (beta * float(score[here & ~up].sum()), count - many),
+            **({} if self.shift == "none" else {"shift": (beta * float(shift) * count, count)}),
+        }
+
+    def remember(self, view: TokenView) -> dict[str, float]:
+        score = sequence_score(view, self.score, self.to)
+        return {
+            "sum": view.recall(self, "sum") + float(score[view.member].double().sum()),
+            "count": view.recall(self, "count") + float(view.member.sum()),
+        }
+
+    def _parts(self, view: TokenView) -> tuple[Tensor, float, Tensor, Tensor, Tensor]:
+        """Score, beta, label, and the label's two parts with their weights."""
+        y = label_column(view, self.label, view.member, "advantage.Pointwise.label")
+        return sequence_score(view, self.score, self.to), view.at(self.beta), y, view.at(self.good) * y, view.at(self.bad) * (1 - y)
+
+    def _shift(self, view: TokenView, score: Tensor) -> Tensor | float:
+        if self.shift == "none" or not bool(view.on.any()):
+            return 0.0
+        view.require_whole(f"advantage.Pointwise(shift={self.shift})")
+        if self.shift == "running_mean":
+            now = self.remember(view)
+            return now["sum"] / now["count"]
+        other = view.beside("mismatched")
+        if not bool(other.on.any()):
+            raise ValueError(
+                f"stream {view.name!r}: advantage.Pointwise(shift=mismatched) needs rows whose answer stands under another prompt (context "
+                "'mismatched'), and the batch has none; posttrain.data.contexts makes them from a step with two different prompts"
+            )
+        return sequence_score(other, self.score, self.to)[other.member].mean().clamp(min=0.0)
+
+
+@dataclass(frozen=True)
+class Listwise:
+    """Several answers to one prompt with a reward each: draw the policy's shares of them towards the rewards' shares.
+
+    Equation: over a list of K answers ``q = softmax(R / temperature)``, ``r = beta s``, ``p = softmax(r)``, ``A = -df/ds``; ``softmax``:
+    ``f = -sum q log p``; ``reverse_kl``: ``f = sum p (log p - log q)``; ``noise_contrastive``: ``f = -sum (q log sigmoid(r) + log sigmoid(-r) / K)``.
+    Source: ``softmax`` (InfoNCA) and ``noise_contrastive`` (NCA), arXiv 2402.05369; ``reverse_kl``, EXO, arXiv 2402.00856.
+
+    ``f``: the loss.  ``score``, ``to``, ``beta``: as in :class:`Pairwise`.  ``of``: the reward column compared within a group; ``side`` compares
+    the two sides of a pair instead (rewards 1 and 0).  ``temperature``: of the rewards; 0 puts the whole target on the best (shared by ties).
+
+    Wrong when: rewards of different scale share one ``temperature``; or the aggregation does not count lists (``PairSum`` for sides,
+    ``GroupSum`` for groups).  ``noise_contrastive`` also bounds the likelihood itself: ``p`` of a lone best answer stops at ``r = log(K q)``.
+    """
+
+    f: Literal["softmax", "reverse_kl", "noise_contrastive"] = "softmax"
+    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean"] = "log_ratio_sum"
+    to: str = "base"
+    beta: Scalar = 0.1
+    of: str = "reward"
+    temperature: float = 1.0
+    coupling = "group"
+    live = True
+
+    def __post_init__(self) -> None:
+        name = "advantage.Listwise"
+        for key, value, known in (("f", self.f, ("softmax", "reverse_kl", "noise_contrastive")), ("score", self.score, SCORES)):
+            if value not in known:
+                raise ValueError(f"{name}: {key}={value!r} does not exist; choose from {', '.join(known)}")
+        check_beta(name, self.beta, self.score, True)
+        if not self.temperature >= 0:
+            raise ValueError(f"{name}: temperature={self.temperature} must not be negative")
+        if self.f == "reverse_kl" and self.temperature == 0:
+            raise ValueError(f"{name}: f=reverse_kl needs a temperature above 0: against a hard target it is infinite")
+
+    def fits(self, stream: Any) -> None:
+        check_stream("advantage.Listwise", self.score, stream, both_sides=True)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.to}) if self.score.startswith("log_ratio") else frozenset()
+
+    @property
+    def formula(self) -> str:
+        part = f"log(pi/pi_{self.to})" if self.score.startswith("log_ratio") else "log pi"
+        f = {"softmax": "-sum q log p", "reverse_kl": "KL(p || q)", "noise_contrastive": "-sum (q log sigmoid(r) + log sigmoid(-r)/K)"}[self.f]
+        r = f"{number(self.beta)} {self.score.rsplit('_', 1)[1]} {part}"
+        return f"(-f'(s)) [f = {f}, p = softmax(r), r = {r}, q = softmax({self.of}/{self.temperature:g}), over the {self._unit}]"
+
+    @property
+    def _unit(self) -> str:
+        return "pair" if self.of == "side" else "group"
+
+    def values(self, view: TokenView) -> Tensor:
+        view = self._whole(view)
+        beta, r, target, log_target, codes, count = self._parts(view)
+        if self.f == "noise_contrastive":
+            return view.spread(beta * (target * torch.sigmoid(-r) - torch.sigmoid(r) / count.clamp(min=1)))
+        log_p = self._log_softmax(view, codes, r)
+        p = torch.exp(log_p)
+        if self.f == "softmax":
+            return view.spread(beta * (target - p))
+        gap = torch.where(view.member, log_p - log_target, torch.zeros_like(p))
+        return view.spread(-beta * p * (gap - view.code_sum(codes, p * gap)))
+
+    def objective(self, view: TokenView) -> Metrics:
+        """The published loss per list, and how often the policy's favourite is the one with the highest reward."""
+        view = self._whole(view)
+        _, r, target, log_target, codes, count = self._parts(view)
+        log_p = self._log_softmax(view, codes, r)
+        if self.f == "noise_contrastive":
+            each = -target * logsigmoid(r) - logsigmoid(-r) / count.clamp(min=1)
+        elif self.f == "softmax":
+            each = torch.where(target > 0, -target * log_p, torch.zeros_like(r))
+        else:
+            each = torch.exp(log_p) * (log_p - log_target)
+        here = view.member
+        lists = float((here / count.clamp(min=1).to(r.dtype)).sum())
+        best = here & (r == self._max(view, codes, r)) & (target == self._max(view, codes, target))
+        hits = (view.code_count(codes, best) > 0) & here
+        return {
+            "preference_loss": (float(each[here].sum()), lists),
+            "accuracy": (float((hits / count.clamp(min=1).to(r.dtype)).sum()), lists),
+        }
+
+    def _whole(self, view: TokenView) -> TokenView:
+        """The stream with both sides of its pairs as members: an empty answer is on the list too."""
+        if self.of != "side":
+            return view
+        require_pairs(view, "advantage.Listwise")
+        return replace(view, member=view.in_pair)
+
+    def _parts(self, view: TokenView) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """beta, r, target and its logarithm, the lists' codes and their sizes."""
+        if self.of == "side":
+            codes, reward = view.batch.pair, (view.batch.side > 0).to(view.logp.dtype)
+        else:
+            codes = view.batch.group
+            alone = view.member & (codes < 0)
+            if bool(alone.any()):
+                sample = view.batch.sample_ids[int(alone.nonzero()[0])]
+                raise ValueError(f"stream {view.name!r}: advantage.Listwise compares the answers of a group; sample {sample!r} is in none")
+            reward = reward_column(view, self.of, view.member, "advantage.Listwise.of")
+        count = view.code_count(codes, view.member)
+        if self.temperature:
+            log_target = self._log_softmax(view, codes, reward / self.temperature)
+        else:
+            best = (reward == self._max(view, codes, reward)) & view.member
+            log_target = torch.where(best, -torch.log(view.code_count(codes, best).clamp(min=1).to(reward.dtype)), -torch.inf)
+        beta = view.at(self.beta)
+        return beta, beta * sequence_score(view, self.score, self.to), torch.exp(log_target), log_target, codes, count
+
+    def _log_softmax(self, view: TokenView, codes: Tensor, values: Tensor) -> Tensor:
+        """Within each list, ``[S]``; 0 outside the stream."""
+        shifted = torch.where(view.member, values - self._max(view, codes, values), torch.zeros_like(values))
+        total = view.code_sum(codes, torch.where(view.member, torch.exp(shifted), torch.zeros_like(values)))
+        return torch.where(view.member, shifted - torch.log(torch.where(view.member, total, 1.0)), torch.zeros_like(values))
+
+    @staticmethod
+    def _max(view: TokenView, codes: Tensor, values: Tensor) -> Tensor:
+        has = (codes >= 0) & view.member
+        size = max(int(codes.max()) + 1, 1) if len(codes) else 1
+        most = torch.full((size,), -torch.inf, dtype=values.dtype, device=values.device)
+        most = most.scatter_reduce(0, codes[has], values[has], "amax")[codes.clamp(min=0)]
+        return torch.where(has, most, torch.zeros_like(values))

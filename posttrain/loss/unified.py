@@ -33,8 +33,8 @@ class Term(Protocol):
     ``live``: whether those numbers can be known only when the weights are formed: they read the *current* log-probabilities, or count over
     a group or the batch.  Live and coupled wider than a sequence means: keep the set whole, or take two passes. ``needs``: reference
     columns it reads.  ``formula``: its factor as text, for ``posttrain explain``.  ``contexts``: scoring contexts whose rows it reads beside
-    the stream's own (``TokenView.beside``).  ``remember(view) -> {name: number}`` (optional): what it carries on to the next step, read back
-    with ``TokenView.recall``; such a term is live and coupled over the batch.  ``fits(stream)`` (optional) raises ``ValueError`` when the other
+    the stream's own (``TokenView.beside``).  ``remembers``: whether ``remember(view) -> {name: number}`` says what it carries on to the next
+    step, read back with ``TokenView.recall``; such a term is live and coupled over the batch.  ``fits(stream)`` (optional) raises ``ValueError`` when the other
     terms of its stream contradict it.
     """
 
@@ -87,7 +87,7 @@ class Regularizer(Protocol):
 
 def declared(term: Any, name: str) -> Any:
     """A term's declaration, or its default: coupling ``token``, not live, no reference columns, no other contexts."""
-    defaults = {"coupling": "token", "live": False, "needs": frozenset(), "column": None, "contexts": frozenset()}
+    defaults = {"coupling": "token", "live": False, "needs": frozenset(), "column": None, "contexts": frozenset(), "remembers": False}
     return getattr(term, name, defaults[name])
 
 
@@ -215,7 +215,7 @@ class Objective:
     @property
     def remembers(self) -> bool:
         """Whether a term carries numbers from step to step: :meth:`remember` must then be called on every step."""
-        return any(hasattr(t, "remember") for t in self._all_terms)
+        return any(declared(t, "remembers") for t in self._all_terms)
 
     # -- counting ------------------------------------------------------------------------------------------------------
     def _select(self, batch: TokenBatch, stream: Stream) -> tuple[Tensor, Tensor]:
@@ -293,7 +293,7 @@ class Objective:
         out = dict(batch.memory)
         for name, view in self.views(batch, logp).items():
             terms = [*self.streams[name].terms.values(), *(t for t in self.regularizers.values() if _applies(t, name))]
-            for term in (t for t in terms if hasattr(t, "remember")):
+            for term in (t for t in terms if declared(t, "remembers")):
                 out |= {memory_key(name, term, key): float(value) for key, value in term.remember(view).items()}
         return out
 

@@ -36,12 +36,14 @@ def _require(holds: bool, message: str) -> None:
         raise CheckFailed(message)
 
 
-def example_batch(seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch.float64, fresh: bool = False) -> TokenBatch:
+def example_batch(
+    seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch.float64, fresh: bool = False, contexts: Iterable[str] = ()
+) -> TokenBatch:
     """Nine ragged sequences with everything a term may read: groups of 4, 2 and 2, a preference pair inside each two, tool tokens in the
-    middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, and the columns current, old, behaviour, base,
-    teacher and entropy.
+    middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, the rewards reward and label (0 to 1), and the columns
+    current, old, behaviour, base, teacher and entropy.
 
-    ``spread`` is the standard deviation of the log-ratios.
+    ``spread`` is the standard deviation of the log-ratios.  For every one of ``contexts`` three more sequences are scored under it.
     """
     rng, more = random.Random(seed), random.Random(seed + 1000)
     rows = []
@@ -67,7 +69,21 @@ def example_batch(seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch
                 pair=i // 2,
                 side="chosen" if i % 2 == 0 else "rejected",
                 finish=("stop", "length")[i % 3 == 1],
+                rewards={"reward": (i * 5 % 7) / 3 - 0.5, "label": (0.0, 1.0, 0.25, 1.0)[i % 4]},
                 sample_id=f"sample {i}",
+            )
+        )
+    for context, i in itertools.product(sorted(contexts), range(3)):
+        n = rng.randint(2, 5)
+        current = [math.nan] + [-3.0 * rng.random() - 0.01 for _ in range(n)]
+        columns = {name: [c - rng.gauss(0.3, spread) for c in current] for name in COLUMNS}
+        rows.append(
+            Row(
+                ids=[rng.randrange(11) for _ in range(n + 1)],
+                sources=["prompt"] + ["policy"] * n,
+                logps={"current": [-1.0, *current[1:]], **columns},
+                context=context,
+                sample_id=f"{context} {i}",
             )
         )
     rows.append(Row(ids=[1, 2, 3], sources=["prompt", "demo", "demo"], logps={"current": [-1.0, -0.5, -2.0]}, sample_id="a demonstration"))
@@ -215,7 +231,9 @@ def check_term(term: Any, *also: Any, alternatives: Mapping[str, Sequence[Any]] 
     ``also``: the same class with other settings, checked alike; rule 6 asks that a setting acts in one of them.  ``alternatives``: setting
     -> values to try in rule 6, where they cannot be guessed from the type.
     """
-    batches = [example_batch(seed, spread) for seed, spread in ((0, 0.5), (1, 0.1), (2, 2.0), (3, 1.0), (4, 1.0))]
+    contexts = frozenset().union(*(declared(each, "contexts") for each in (term, *also)))
+    spreads = ((0, 0.5), (1, 0.1), (2, 2.0), (3, 1.0), (4, 1.0))
+    batches = [example_batch(seed, spread, contexts=contexts) for seed, spread in spreads]
     for each in (term, *also):
         objective, name = objective_with(each), type(each).__name__
         copy = objective_with(_pickled(each))
@@ -352,7 +370,7 @@ def _check_hostile(term: Any, objective: Objective) -> None:
     name = type(term).__name__
     read = sorted(objective.needs.references & set(COLUMNS)) or ["current"]
     for dtype, column, shift in itertools.product((torch.float32, torch.float64), read, (100.0, -100.0)):
-        batch = example_batch(3, 0.3, dtype)
+        batch = example_batch(3, 0.3, dtype, contexts=objective.needs.contexts)
         hit = batch.logps[column].clone()
         where = int((batch.trainable & ~torch.isnan(hit)).nonzero()[2])
         hit[where] += shift
