@@ -372,4 +372,6 @@ def check(config: RunConfig) -> None:
 
 def needs_group(advantage: Any) -> bool:
     """Whether an advantage compares the answers of one group, so that a group of one cannot teach anything."""
-    return getattr(advantage, "center", None) in ("mean", "loo", "median")
+    if any(needs_group(step) for step in getattr(advantage, "steps", {}).values()):
+        return True
+    return getattr(advantage, "needs_group", False) or getattr(advantage, "center", None) in ("mean", "loo", "median", "length_weighted")

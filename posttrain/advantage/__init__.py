@@ -1,5 +1,22 @@
 """Rewards -> advantages, on the controller, before the batch is packed.  An estimator is a callable ``groups -> groups``."""
 
 from posttrain.advantage.group import BatchWhiten, Chain, GroupAdvantage, Reward, statistics
+from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline, RunningBaseline
+from posttrain.advantage.step import BatchScale, BetaNorm, DropOutliers, LiveGroups, PerReward
 
-__all__ = ["BatchWhiten", "Chain", "GroupAdvantage", "Reward", "statistics"]
+__all__ = [
+    "BatchScale",
+    "BatchWhiten",
+    "BestMinusSecond",
+    "BetaNorm",
+    "Chain",
+    "DropOutliers",
+    "Extremes",
+    "GreedyBaseline",
+    "GroupAdvantage",
+    "LiveGroups",
+    "PerReward",
+    "Reward",
+    "RunningBaseline",
+    "statistics",
+]

@@ -10,14 +10,14 @@ import math
 import statistics as stats
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from posttrain.records import Group, Rollout, Source
 
 Estimator = Callable[[Sequence[Group]], list[Group]]
 
-CENTERS = ("mean", "loo", "median", "none")
-SCALES = ("none", "std", "loo_std")
+CENTERS = ("mean", "loo", "median", "length_weighted", "none")
+SCALES = ("none", "std", "loo_std", "mean")
 
 
 def rewards_of(group: Group) -> list[float]:
@@ -30,6 +30,12 @@ def rewards_of(group: Group) -> list[float]:
                 "(a Score with status='error'), so that it is masked and counted"
             )
     return [r.reward for r in group.rollouts if r.reward is not None]
+
+
+def learnt_tokens(rollout: Rollout) -> int:
+    """How many sampled tokens of a rollout are learnt from: tool output and tokens marked as untrainable do not count."""
+    own = [s for s in rollout.segments if s.source == Source.policy]
+    return sum(sum(s.trainable) if isinstance(s.trainable, tuple) else len(s.ids) * s.trainable for s in own)
 
 
 def _with(group: Group, values: Sequence[float], dropped: str | None = None) -> Group:
@@ -49,10 +55,14 @@ class GroupAdvantage:
     """Rewards compared within their group.
 
     Equation: ``A_i = (R_i - center) / scale``; ``std`` divides by ``std + eps``, or by ``sqrt(var + eps)`` with ``eps_on="variance"``.
-    Source: mean and std: GRPO, arXiv 2402.03300; mean alone: Dr. GRPO, arXiv 2503.20783; leave-one-out: RLOO, arXiv 2402.14740.
+    Source: mean and std: GRPO, arXiv 2402.03300; mean alone: Dr. GRPO, arXiv 2503.20783; leave-one-out: RLOO, arXiv 2402.14740; weighted by
+    length: OPO, arXiv 2505.23585; over the mean: MaxRL, arXiv 2602.02710.
 
-    ``center``: ``mean``; ``loo`` (mean of the *other* rewards: ``k/(k-1)`` times ``mean``); ``median``; ``none``.  ``scale``: ``none``;
-    ``std``; ``loo_std`` (of the others; a sample whose peers all agree stays unscaled).  ``ddof``: 0 divides the variance by k, 1 by k-1.
+    ``center``: ``mean``; ``loo`` (mean of the *other* rewards: ``k/(k-1)`` times ``mean``); ``median``; ``length_weighted`` (``sum T_i R_i / sum
+    T_i``, the baseline of least variance when the gradient's norm grows with the length; it holds the sample's own reward, hence a bias of
+    order ``1/k``); ``none``.  ``scale``: ``none``; ``std``; ``loo_std`` (of the others; a sample whose peers all agree stays unscaled); ``mean``
+    (the group's mean reward, which must not be negative; 0 where it is 0: hard prompts weigh more, towards ``grad log`` of the success
+    rate).  ``ddof``: 0 divides the variance by k, 1 by k-1.
     ``eps``, ``eps_on``: the guard against a small deviation and where it stands.  ``singleton``: a group with one usable reward gives 0
     (``zero``), its reward (``raw``) or an error (``error``).  ``dead_group``: all rewards equal (within ``dead_tolerance``) gives 0
     (``zero``), 0 and the group marked as dropped (``drop``), or the plain formula (``formula``: residues of rounding over ``eps``).
@@ -62,8 +72,8 @@ class GroupAdvantage:
     Wrong when: the reward scale carries meaning between groups and ``scale`` is not ``none``: every group is stretched to the same spread.
     """
 
-    center: Literal["mean", "loo", "median", "none"] = "mean"
-    scale: Literal["none", "std", "loo_std"] = "std"
+    center: Literal["mean", "loo", "median", "length_weighted", "none"] = "mean"
+    scale: Literal["none", "std", "loo_std", "mean"] = "std"
     ddof: int = 0
     eps: float = 1e-6
     eps_on: Literal["std", "variance"] = "std"
@@ -102,21 +112,30 @@ class GroupAdvantage:
         compares = self.center != "none" or self.scale != "none"
         if rewards and compares and self.dead_group != "formula" and max(rewards) - min(rewards) <= self.dead_tolerance:
             return _with(group, [0.0] * len(rewards), "all rewards equal" if self.dead_group == "drop" else None)
-        return _with(group, self.values(rewards))
+        if self.scale == "mean" and rewards and min(rewards) < 0:
+            raise ValueError(
+                f"group {group.id!r} has a reward of {min(rewards)}: advantage.scale=mean divides by the mean reward, so rewards must not be "
+                f"negative; shift them, or choose scale=std"
+            )
+        return _with(group, self.values(rewards, [learnt_tokens(r) for r in group.rollouts if r.reward is not None]))
 
-    def values(self, rewards: Sequence[float]) -> list[float]:
-        """The plain formula, for two or more rewards."""
+    def values(self, rewards: Sequence[float], lengths: Sequence[int] | None = None) -> list[float]:
+        """The plain formula, for two or more rewards; ``lengths`` (default: all 1) are looked at by ``center=length_weighted``."""
         out = []
+        weights = lengths if lengths is not None and sum(lengths) else [1] * len(rewards)
         for i, reward in enumerate(rewards):
             others = [r for j, r in enumerate(rewards) if j != i]
             center = {
                 "mean": lambda: math.fsum(rewards) / len(rewards),
                 "loo": lambda others=others: math.fsum(others) / len(others),
                 "median": lambda: stats.median(rewards),
+                "length_weighted": lambda: math.fsum(n * r for n, r in zip(weights, rewards, strict=True)) / sum(weights),
                 "none": lambda: 0.0,
             }[self.center]()
             if self.scale == "none":
                 scale = 1.0
+            elif self.scale == "mean":
+                scale = math.fsum(rewards) / len(rewards) or 1.0
             else:
                 peers = rewards if self.scale == "std" else others
                 variance = _variance(peers, self.ddof)
@@ -191,7 +210,7 @@ class BatchWhiten:
         ]
 
     def _count(self, rollout: Rollout) -> int:
-        return sum(len(s.ids) for s in rollout.segments if s.source == Source.policy) if self.over == "tokens" else 1
+        return learnt_tokens(rollout) if self.over == "tokens" else 1
 
 
 def _value(rollout: Rollout) -> float:
@@ -211,6 +230,14 @@ class Chain:
         for step in self.steps.values():
             out = out if step is None else step(out)
         return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the estimators that remember something carry over a restart, by name."""
+        return {name: step.state_dict() for name, step in self.steps.items() if hasattr(step, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, values in state.items():
+            self.steps[name].load_state_dict(values)  # type: ignore[union-attr]
 
 
 def statistics(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:

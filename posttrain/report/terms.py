@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from posttrain.advantage import group
+from posttrain.advantage import group, pick, step
 from posttrain.loss import Objective, advantage, aggregate, likelihood, load, mask, reference, regularizer
 from posttrain.paths import CONFIGS
 
@@ -24,6 +24,8 @@ CHAPTERS: tuple[tuple[str, ModuleType], ...] = (
     ("Aggregation", aggregate),
     ("Regularisers", regularizer),
     ("Advantages from rewards", group),
+    ("Advantages over the whole step", step),
+    ("Advantages of singled-out samples", pick),
 )
 
 HEAD = """\

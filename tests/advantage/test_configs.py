@@ -9,7 +9,21 @@ import yaml
 from hydra.utils import instantiate
 
 import posttrain
-from posttrain.advantage import BatchWhiten, Chain, GroupAdvantage, Reward
+from posttrain.advantage import (
+    BatchScale,
+    BatchWhiten,
+    BestMinusSecond,
+    BetaNorm,
+    Chain,
+    DropOutliers,
+    Extremes,
+    GreedyBaseline,
+    GroupAdvantage,
+    LiveGroups,
+    PerReward,
+    Reward,
+    RunningBaseline,
+)
 
 FOLDER = Path(posttrain.__file__).parents[1] / "configs" / "advantage"
 EXPECTED = {
@@ -19,6 +33,17 @@ EXPECTED = {
     "reward": Reward(),
     "batch_whiten": BatchWhiten(),
     "group_center_whiten": Chain({"center": GroupAdvantage(scale="none"), "whiten": BatchWhiten()}),
+    "length_weighted": GroupAdvantage("length_weighted", "none"),
+    "group_over_mean": GroupAdvantage("mean", "mean"),
+    "group_center_live": Chain({"center": GroupAdvantage(scale="none"), "live": LiveGroups()}),
+    "group_center_batch_std": Chain({"center": GroupAdvantage(scale="none"), "scale": BatchScale()}),
+    "beta_norm": BetaNorm(),
+    "per_reward": Chain({"rewards": PerReward(), "whiten": BatchWhiten("sequences")}),
+    "best_minus_second": BestMinusSecond(),
+    "greedy": GreedyBaseline(),
+    "running_baseline": RunningBaseline(),
+    "whiten_without_outliers": Chain({"whiten": BatchWhiten("sequences"), "outliers": DropOutliers()}),
+    "extremes": Chain({"center": GroupAdvantage(scale="none"), "extremes": Extremes()}),
 }
 
 

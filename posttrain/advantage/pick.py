@@ -1,0 +1,154 @@
+"""Advantages that single out samples of a group: the best one, the greedy one, both ends; and a baseline that is remembered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from posttrain.advantage.group import _value, _variance, _with, rewards_of
+from posttrain.records import Group
+
+
+@dataclass(frozen=True)
+class BestMinusSecond:
+    """Only the best sample of a group is learnt from, by how much it beats the second.
+
+    Equation: ``A = R_(1) - R_(2)`` on the best, 0 on the others; ``scale="std"`` divides by the group's deviation.
+    Source: pass@k training, arXiv 2503.19595.  With 0/1 rewards the *sum* over the group is the exact gradient of pass@k, so the
+    aggregation that belongs to it is ``GroupSum``; scaled, it is not.
+
+    ``scale``: ``none`` or ``std``.  ``ddof``, ``eps``: of the deviation.  A group with one usable reward gives 0, and so do ties at the top.
+
+    Wrong when: groups often hold several right answers: they teach nothing.
+    """
+
+    scale: Literal["none", "std"] = "none"
+    ddof: int = 1
+    eps: float = 1e-6
+    needs_group = True
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("none", "std") or self.ddof not in (0, 1) or not self.eps >= 0:
+            raise ValueError(f"BestMinusSecond: scale={self.scale!r} is none or std, ddof={self.ddof} 0 or 1, eps={self.eps} not negative")
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [_with(group, self.values(rewards_of(group))) for group in groups]
+
+    def values(self, rewards: Sequence[float]) -> list[float]:
+        """The advantages of one group."""
+        if len(rewards) < 2:
+            return [0.0] * len(rewards)
+        best, second = sorted(rewards, reverse=True)[:2]
+        ahead = best - second
+        if self.scale == "std":
+            ahead /= math.sqrt(_variance(rewards, self.ddof)) + self.eps
+        top = list(rewards).index(best)
+        return [ahead if i == top else 0.0 for i in range(len(rewards))]
+
+
+@dataclass(frozen=True)
+class GreedyBaseline:
+    """The reward of the greedy answer to the same prompt as baseline; the greedy answer itself is not learnt from.
+
+    Equation: ``A_i = R_i - R(greedy)``.
+    Source: ReMax, arXiv 2310.10505.
+
+    The greedy answer is the one sampled at temperature 0, which ``rollout.strategy=WithGreedy`` adds to every group.  A group whose greedy answer got no
+    reward is dropped.
+
+    Wrong when: the greedy answer is of older weights than the samples; or it is always right, or always wrong: every sample is then pushed one way.
+    """
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [self._one(group) for group in groups]
+
+    @staticmethod
+    def _one(group: Group) -> Group:
+        rewards_of(group)
+        greedy = [r for r in group.rollouts if r.sampling.temperature == 0]
+        if len(greedy) != 1:
+            raise ValueError(
+                f"group {group.id!r} has {len(greedy)} answers sampled at temperature 0 instead of 1; advantage GreedyBaseline needs rollout=greedy_baseline"
+            )
+        baseline = greedy[0].reward
+        rollouts = tuple(
+            replace(r, advantage=None if r is greedy[0] or r.reward is None or baseline is None else r.reward - baseline)
+            for r in group.rollouts
+        )
+        reason = "no greedy reward" if baseline is None else None
+        return replace(group, rollouts=rollouts, dropped=group.dropped or reason)
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Keep the best and the worst samples of a group; the others get no advantage and leave the step.
+
+    Equation: ``A_i`` where the rank of ``R_i`` is among the ``best`` first or the ``worst`` last, nothing elsewhere.
+    Source: best-and-worst selection of rollouts, arXiv 2504.13818.
+
+    ``best``, ``worst``: how many of each.  Ties are broken by the order of sampling.  It stands last in a chain: the baseline is that of the
+    whole group.
+
+    Wrong when: an estimator follows it, which would give the dropped samples an advantage again.
+    """
+
+    best: int = 2
+    worst: int = 2
+    needs_group = True
+
+    def __post_init__(self) -> None:
+        if self.best < 0 or self.worst < 0 or self.best + self.worst < 1:
+            raise ValueError(f"Extremes: best={self.best} and worst={self.worst} must not be negative, and not both 0")
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [self._one(group) for group in groups]
+
+    def _one(self, group: Group) -> Group:
+        rewards_of(group)
+        usable = [i for i, r in enumerate(group.rollouts) if r.reward is not None]
+        order = sorted(usable, key=lambda i: -group.rollouts[i].reward)  # type: ignore[operator]
+        kept = {*order[: self.best], *order[len(order) - min(self.worst, len(order)) :]}
+        return replace(group, rollouts=tuple(r if i in kept else replace(r, advantage=None) for i, r in enumerate(group.rollouts)))
+
+
+@dataclass
+class RunningBaseline:
+    """A baseline remembered over steps: the moving average of rewards, for each world or for all together.
+
+    Equation: ``A_i = R_i - b``, then ``b <- decay b + (1 - decay) R_i``, sample by sample.
+    Source: Williams 1992 with an average reward; per role: SPIRAL, arXiv 2506.24119.  A sample is compared with the baseline of the samples before it.
+
+    ``decay``: how slowly it moves.  ``by``: one baseline for each ``env`` of the prompts, or for ``all``.  ``baselines``: where they start (0 where none is
+    named) and the state that a checkpoint keeps.
+
+    Wrong when: prompts differ much in difficulty: easy ones are then always pushed up and hard ones down.
+    """
+
+    decay: float = 0.95
+    by: Literal["env", "all"] = "env"
+    baselines: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1 or self.by not in ("env", "all"):
+            raise ValueError(f"RunningBaseline: decay={self.decay} must be at least 0 and below 1, by={self.by!r} is env or all")
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        out = []
+        for group in groups:
+            rewards_of(group)
+            values = []
+            for rollout in (r for r in group.rollouts if r.reward is not None):
+                key = rollout.prompt.env if self.by == "env" else "all"
+                baseline = self.baselines.get(key, 0.0)
+                values.append(_value(rollout) - baseline)
+                self.baselines[key] = self.decay * baseline + (1 - self.decay) * _value(rollout)
+            out.append(_with(group, values))
+        return out
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.baselines)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.baselines = dict(state)
