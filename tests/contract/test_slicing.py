@@ -96,7 +96,7 @@ def cut(data: Data, micro_batches: int, ranks: int, seed: int) -> list[list[int]
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_and_metrics_do_not_depend_on_the_slicing(name: str) -> None:
     objective, case = OBJECTIVES[name](), CASES.get(name)
-    data = make(5, case.advantage if case else None, case.spread if case else 0.3)
+    data = case.make(5) if case else make(5, None, 0.3)
     whole, metrics = gradient(objective, data, [list(range(len(data.rows)))])
     assert float(whole.norm()) > 1e-6
     for micro_batches, ranks in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
@@ -110,7 +110,7 @@ def test_gradient_and_metrics_do_not_depend_on_the_slicing(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_packed_equals_padded(name: str) -> None:
     objective, case = OBJECTIVES[name](), CASES.get(name)
-    data = make(6, case.advantage if case else None, case.spread if case else 0.3)
+    data = case.make(6) if case else make(6, None, 0.3)
     parts = [list(range(len(data.rows)))]
     packed, padded = (gradient(objective, data, parts, p)[0] for p in (False, True))
     assert float((packed - padded).norm()) <= RTOL * float(packed.norm())
@@ -153,7 +153,7 @@ def test_a_kept_denominator_refuses_a_part_of_the_step() -> None:
 def test_check_slicing_on_every_shipped_loss_where_sets_are_whole_and_cut() -> None:
     for name in ("grpo", "dpo", "dapo as printed", "gspo"):
         case = CASES[name]
-        batch = make(7, case.advantage, case.spread).batch()
+        batch = case.make(7).batch()
         check_slicing(case.load(), batch)
         check_slicing(case.load(), batch, [[i] for i in range(batch.num_sequences)])
 

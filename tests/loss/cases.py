@@ -159,7 +159,8 @@ def composed(loss: str, overrides: tuple[str, ...] = ()) -> Objective:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a shipped loss with overrides, the transcription, and the advantages it is published with."""
+    """One comparison: a shipped loss with overrides, the transcription, and the advantages it is published with.  ``data`` makes the sequences,
+    with the arguments of :func:`make`."""
 
     loss: str
     objective: naive.Objective
@@ -167,9 +168,13 @@ class Case:
     overrides: tuple[str, ...] = ()
     wrong: tuple[naive.Objective, ...] = ()
     spread: float = 0.25
+    data: Callable[..., Data] = make
 
     def load(self) -> Objective:
         return composed(self.loss, self.overrides)
+
+    def make(self, seed: int, spread: float | None = None) -> Data:
+        return self.data(seed, self.advantage, self.spread if spread is None else spread)
 
 
 K3 = "regularizers.kl={_target_: posttrain.loss.regularizer.KL, estimator: k3, to: base, coef: 0.04}"

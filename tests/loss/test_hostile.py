@@ -38,7 +38,7 @@ def cast(batch: TokenBatch, dtype: torch.dtype) -> TokenBatch:
 def test_log_ratios_of_a_hundred(name: str) -> None:
     case, some = CASES[name], 0
     for dtype in (torch.float32, torch.float64):
-        batch = cast(make(0, case.advantage, case.spread).batch(), dtype)
+        batch = cast(case.make(0).batch(), dtype)
         on = batch.trainable.nonzero()[:, 0]
         for column in ("old", "base", "behaviour"):
             for shift in (100.0, -100.0):
@@ -52,7 +52,7 @@ def test_log_ratios_of_a_hundred(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_probabilities_zero_and_one(name: str) -> None:
     case = CASES[name]
-    batch = make(0, case.advantage, case.spread).batch()
+    batch = case.make(0).batch()
     for value in (0.0, -200.0, -math.inf):
         current = batch.logps["current"].clone()
         current[batch.trainable.nonzero()[::3, 0]] = value
@@ -70,7 +70,7 @@ def test_probability_zero_of_a_demonstration() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_trainable_still_has_a_gradient_of_zero(name: str) -> None:
     case = CASES[name]
-    batch = make(0, case.advantage).batch()
+    batch = case.make(0).batch()
     for empty in (batch.replace(trainable=torch.zeros_like(batch.trainable)), batch.take([])):
         empty = empty.replace(totals=case.load().totals(batch))
         logp = empty.logps["current"].clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_nothing_trainable_still_has_a_gradient_of_zero(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_no_gradient_outside_the_stream(name: str) -> None:
     case = CASES[name]
-    batch = make(0, case.advantage).batch()
+    batch = case.make(0).batch()
     poisoned = batch.logps["current"].clone()
     poisoned[~batch.trainable] = math.nan
     weights = case.load().weights(batch.with_logps(current=poisoned))

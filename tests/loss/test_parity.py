@@ -26,14 +26,14 @@ def gradient(case: Case, data: Data) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_equals_the_published_objective(name: str, seed: int) -> None:
     case = CASES[name]
-    data = make(seed, case.advantage, case.spread)
+    data = case.make(seed)
     got, expected = gradient(case, data), data.naive_gradient(case.objective)
     assert float(expected.abs().max()) > 1e-6
     assert float((got - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
 
 
 def _disagrees(case: Case, wrong: naive.Objective, seed: int) -> bool:
-    data = make(seed, case.advantage, case.spread)
+    data = case.make(seed)
     got, other = gradient(case, data), data.naive_gradient(wrong)
     return float((got - other).norm()) > 1e-3 * float(other.norm())
 
@@ -49,7 +49,7 @@ def test_a_wrong_objective_disagrees(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.load().needs.columns])
 def test_weights_are_the_derivative_of_the_published_objective(name: str) -> None:
     case = CASES[name]
-    data = make(3, case.advantage, case.spread)
+    data = case.make(3)
     batch = data.batch()
 
     def value(logp: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_weights_are_the_derivative_of_the_published_objective(name: str) -> Non
 )
 def test_some_tokens_are_dropped_and_some_are_kept(name: str, mask: str) -> None:
     case = CASES[name]
-    shares = [case.load().weigh(make(seed, case.advantage, case.spread).batch())[1][mask] for seed in SEEDS]
+    shares = [case.load().weigh(case.make(seed).batch())[1][mask] for seed in SEEDS]
     dropped, tokens = sum(s for s, _ in shares), sum(n for _, n in shares)
     assert 0 < dropped < tokens
 
@@ -91,7 +91,7 @@ def test_some_tokens_are_dropped_and_some_are_kept(name: str, mask: str) -> None
 )
 def test_some_ratios_are_capped(name: str, mask: str) -> None:
     case = CASES[name]
-    total, count = case.load().weigh(make(0, case.advantage, case.spread).batch())[1][mask]
+    total, count = case.load().weigh(case.make(0).batch())[1][mask]
     assert total > 0 and total != count
 
 
@@ -102,7 +102,7 @@ def test_every_shipped_loss_is_compared() -> None:
 
 KNOBS = {
     "grpo": ["streams.rollouts.masks.clip.low=0.1", "streams.rollouts.masks.clip.high=0.4", "streams.rollouts.masks.clip=null"],
-    "dapo": ["streams.rollouts.masks.clip.high=0.2", "streams.rollouts.masks.dual.c=1.1", "streams.rollouts.coef=0.5"],
+    "dapo": ["streams.rollouts.masks.clip.high=0.2", "streams.rollouts.masks.dual.c=1.3", "streams.rollouts.coef=0.5"],
     "dr_grpo": ["streams.rollouts.aggregation.length=128"],
     "gspo": ["streams.rollouts.likelihood.ratio=token", "streams.rollouts.masks.clip.high=0.01"],
     "cispo": ["streams.rollouts.masks.cap.max=1.05"],
@@ -118,7 +118,7 @@ KNOBS = {
 def test_every_number_of_a_file_changes_the_gradient(name: str, override: str) -> None:
     changes = []
     for seed in SEEDS:
-        batch = make(seed, CASES[name].advantage, 0.4 if name != "gspo" else 0.01).batch()
+        batch = CASES[name].make(seed, 0.4 if name != "gspo" else 0.01).batch()
         was, now = composed(name).weights(batch), composed(name, (override,)).weights(batch)
         changes.append(float((was - now).norm()) / float(was.norm()))
     assert max(changes) > 1e-4
