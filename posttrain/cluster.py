@@ -62,6 +62,7 @@ def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     os.environ.setdefault("RAY_worker_niceness", "0")  # the actors are the work: Ray would let everything else on the machine go first
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits gives its core away: engine and learner share them
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle workers cost a fifth of a core each on a small machine
     # a busy machine is slow, not dead: wait longer than Ray does, and start once more when one of its helpers came too late
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
