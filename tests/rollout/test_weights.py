@@ -13,6 +13,9 @@ from posttrain.testing.tiny import create_tiny_model
 
 pytestmark = pytest.mark.vllm
 
+ROUNDING = 5e-5
+"""Nats between engine and transformers in float32, for weights moved a few times; measured: 3e-6.  A stale head is 5e-3 away."""
+
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory, make_twin):
@@ -32,7 +35,7 @@ def test_six_updates(kind, twin, request):
         version = pair.next_version()
         pair.engine.load_weights(version, list(pack(weights.items(), bucket_bytes=20_000)), fingerprint(weights))
         assert pair.engine.version == version and pair.engine.fingerprint() == fingerprint(weights)
-        assert pair.gap(*prompts) < 1e-5 < 0.1 < before
+        assert pair.gap(*prompts) < ROUNDING < 0.1 < before
 
 
 def test_prefix_cache_is_dropped(twin):
@@ -43,7 +46,7 @@ def test_prefix_cache_is_dropped(twin):
     twin.engine.load_weights(twin.next_version(), [weights], fingerprint(weights))
     (sampled,) = twin.engine.sample([request])
     fresh = twin.engine.logprobs([[*prompt, *sampled.ids]])[0][200:]
-    assert sampled.logprobs == pytest.approx(fresh, abs=1e-5)
+    assert sampled.logprobs == pytest.approx(fresh, abs=ROUNDING)
 
 
 def test_tied_head_may_be_sent_along(twin):
@@ -96,7 +99,7 @@ def test_damaged_update_is_detected_and_poisons_the_engine(twin, damage, words):
     with pytest.raises(SyncError, match="publish again"):
         twin.engine.sample([Request("r", twin.prompt(3))])
     twin.engine.load_weights(version, [good], published)
-    assert twin.gap(twin.prompt(20)) < 1e-5
+    assert twin.gap(twin.prompt(20)) < ROUNDING
 
 
 def test_missing_tensor_is_detected_without_a_fingerprint(twin):
@@ -133,7 +136,7 @@ def test_update_in_flight(twin):
     assert sampled.spans == ((old, 0, 4), (new, 4, 10)) and sampled.version == old
     assert sampled.ids[:4] == alone.ids[:4] and sampled.logprobs[:4] == alone.logprobs[:4]
     fresh = twin.engine.logprobs([[*prompt, *sampled.ids]])[0][30:]
-    assert sampled.logprobs[4:] == pytest.approx(fresh[4:], abs=1e-5)
+    assert sampled.logprobs[4:] == pytest.approx(fresh[4:], abs=ROUNDING)
 
 
 def test_bfloat16_agrees_within_the_stated_tolerance(tiny_path, make_twin):
