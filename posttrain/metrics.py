@@ -89,6 +89,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/{term}/masked | mean | tokens | share | tokens a mask removes (clip: outside the trust region on the wrong side)
         {stream}/{term}/factor | mean | tokens | factor | mean factor of a mask
         {stream}/{term}/clamped | mean | tokens | share | tokens whose log-ratio was clamped before a KL estimate
+        {stream}/reward_kl | mean | answers | nats | estimated KL of a whole answer, where it is part of the reward
         {stream}/preference_loss | mean | pairs | nats | the published pairwise loss
         {stream}/accuracy | mean | pairs | share | pairs ranked the right way round
         {stream}/margin | mean | pairs | reward | implicit reward of the chosen minus that of the rejected

@@ -7,7 +7,7 @@ the terms here read that column, or the current log-probabilities.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -70,21 +70,23 @@ class Column:
 class ColumnMinusKL:
     """The advantage column less a KL penalty in the *reward*, estimated by k1.
 
-    Equation: ``A[t] - coef * sum_{s in credit(t)} (log pi_over[s] - log pi_to[s])``.
+    Equation: ``gamma**(tokens after t) * A[t] - coef * sum_{s in credit(t)} gamma**(s-t) * (log pi_over[s] - log pi_to[s])``.
     Source: KL in the reward, RLOO, arXiv 2402.14740, and PPO for language models; reward-to-go is the exact gradient of the sequence KL.
 
     ``coef``: strength, a number or a schedule.  ``to``: the policy to stay near.  ``over``: whose tokens were sampled: ``old``,
     ``behaviour`` or ``self``.  ``credit``: ``to_go`` (this token and the later ones), ``sequence`` (all of them) or ``own`` (this token
-    alone, which equals k2 as a loss: a local KL).  No baseline is taken from the KL part: unbiased, with more variance than a group-centred
-    one.
+    alone, which equals k2 as a loss: a local KL).  ``gamma``: discount per token, for ``to_go``: the column is the reward of the last token.
+    No baseline is taken from the KL part: unbiased, with more variance than a group-centred one.
 
-    Wrong when: the tokens are far off-policy and the reference has no importance ratio.
+    Wrong when: the tokens are far off-policy and the reference has no importance ratio; or the column is no reward at the end but differs
+    between tokens, and ``gamma`` is not 1.
     """
 
     coef: Scalar = 0.05
     to: str = "base"
     over: str = "old"
     credit: Literal["to_go", "sequence", "own"] = "to_go"
+    gamma: float = 1.0
     reads_column = True
     coupling = "sequence"
 
@@ -93,6 +95,8 @@ class ColumnMinusKL:
             raise ValueError(f"advantage.ColumnMinusKL: credit={self.credit!r} does not exist; choose to_go, sequence or own")
         if self.to == self.over:
             raise ValueError(f"advantage.ColumnMinusKL: the KL from {self.over} to itself is 0; name two different policies")
+        if not 0 < self.gamma <= 1 or (self.gamma != 1 and self.credit != "to_go"):
+            raise ValueError(f"advantage.ColumnMinusKL: gamma={self.gamma} must be above 0 and at most 1, and acts on credit=to_go only")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -105,19 +109,86 @@ class ColumnMinusKL:
     @property
     def formula(self) -> str:
         over = "pi" if self.over == "self" else f"pi_{self.over}"
-        return f"(A - {number(self.coef)} * sum_{self.credit} log({over}/pi_{self.to}))"
+        discount = "" if self.gamma == 1 else f", both discounted by {self.gamma:g} per token"
+        return f"(A - {number(self.coef)} * sum_{self.credit} log({over}/pi_{self.to}){discount})"
 
     def values(self, view: TokenView) -> Tensor:
-        d = view.log_ratio(self.to, self.over, "token")
-        if self.credit != "own":
-            total = view.spread(view.seq_sum(d))
-            if self.credit == "to_go":
-                running = torch.cumsum(d, 0)
-                starts = view.batch.cu_seqlens[:-1].clamp(max=max(len(d) - 1, 0))
-                before = view.spread((running - d)[starts]) if len(d) else running
-                total = total - (running - d - before)
-            d = total
-        return view.batch.advantage.to(view.logp.dtype) - view.at(self.coef) * d
+        d, column = view.log_ratio(self.to, self.over, "token"), view.batch.advantage.to(view.logp.dtype)
+        if self.credit == "sequence":
+            d = view.spread(view.seq_sum(d))
+        elif self.credit == "to_go":
+            d = view.discounted(d, self.gamma)
+        if self.gamma != 1:
+            column = column * self.gamma ** (view.discounted(torch.ones_like(d)) - 1)
+        return column - view.at(self.coef) * d
+
+    def metrics(self, view: TokenView) -> Metrics:
+        """The estimated KL of a whole answer, whatever the ``credit``."""
+        return {"reward_kl": (float(view.log_ratio(self.to, self.over, "token").sum()), float(view.member.sum()))}
+
+
+@dataclass(frozen=True)
+class Whiten:
+    """Another advantage, brought to mean 0 and deviation 1 over the step's tokens.
+
+    Equation: ``(A - mean) / (std + eps)``, or ``/ sqrt(var + eps)`` with ``eps_on="variance"``.
+    Source: REINFORCE++, arXiv 2501.03262; PPO for language models.
+
+    ``inner``: the advantage term.  ``over``: the population: ``tokens`` count alike, or ``sequences`` do, each spread over its tokens.  ``center``: subtract
+    the mean.  ``ddof``, ``eps``, ``eps_on``: as in ``posttrain.advantage.BatchWhiten``, which does the same for a column that needs no log-probs and
+    costs no second pass.
+
+    Wrong when: the advantages mean something by their size: what is small because nothing was at stake becomes as large as the rest.  A step of equal
+    values gives 0.
+    """
+
+    inner: Any = field(default_factory=Column)
+    over: Literal["tokens", "sequences"] = "tokens"
+    center: bool = True
+    ddof: int = 0
+    eps: float = 1e-8
+    eps_on: Literal["std", "variance"] = "std"
+    coupling = "batch"
+    live = True
+
+    def __post_init__(self) -> None:
+        if self.over not in ("tokens", "sequences") or self.eps_on not in ("std", "variance") or self.ddof not in (0, 1):
+            raise ValueError(
+                f"advantage.Whiten: over={self.over!r} is tokens or sequences, eps_on={self.eps_on!r} is std or variance, ddof={self.ddof} is 0 or 1"
+            )
+        if not self.eps >= 0:
+            raise ValueError(f"advantage.Whiten: eps={self.eps} must not be negative")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(getattr(self.inner, "needs", ()))
+
+    @property
+    def reads_column(self) -> bool:
+        return bool(getattr(self.inner, "reads_column", False))
+
+    @property
+    def formula(self) -> str:
+        guard = f"sqrt(var + {self.eps:g})" if self.eps_on == "variance" else f"(std + {self.eps:g})"
+        inner = getattr(self.inner, "formula", type(self.inner).__name__)
+        return f"({inner}{' - mean' if self.center else ''})/{guard} [over {self.over}]"
+
+    def values(self, view: TokenView) -> Tensor:
+        view.require_whole("advantage.Whiten")
+        values = view.select(self.inner.values(view))
+        if not bool(view.on.any()):
+            return values
+        weight = view.select(1.0 / view.spread(view.seq_len().clamp(min=1)) if self.over == "sequences" else torch.ones_like(values))
+        total = float(weight.sum())
+        mean = (weight * values).sum() / total
+        variance = (weight * (values - mean) ** 2).sum() / max(total - self.ddof, 1.0)
+        scale = torch.sqrt(variance + self.eps) if self.eps_on == "variance" else torch.sqrt(variance) + self.eps
+        centred = values - mean if self.center else values
+        equal = bool((values[view.on] == values[view.on][0]).all())
+        return torch.zeros_like(values) if equal and self.center else centred / torch.where(scale > 0, scale, 1.0)
+
+    def metrics(self, view: TokenView) -> Metrics:
+        return self.inner.metrics(view) if hasattr(self.inner, "metrics") else {}
 
 
 @dataclass(frozen=True)
@@ -172,11 +243,15 @@ class Pairwise:
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"{name}: label_smoothing={self.label_smoothing} is a share of flipped labels, between 0 and 1")
         if self.f not in ("logistic", "reverse_kl") and self.label_smoothing:
-            raise ValueError(f"{name}: label_smoothing and debias act on f=logistic only, and label_smoothing on reverse_kl, not on f={self.f}")
+            raise ValueError(
+                f"{name}: label_smoothing and debias act on f=logistic only, and label_smoothing on reverse_kl, not on f={self.f}"
+            )
         if self.f != "logistic" and (self.debias or self.label is not None):
             raise ValueError(f"{name}: label and debias act on f=logistic only, not on f={self.f}")
         if self.f == "reverse_kl" and not 0 < self.label_smoothing < 1:
-            raise ValueError(f"{name}: f=reverse_kl needs label_smoothing strictly between 0 and 1 (1e-3 is usual): log(0) stands in it otherwise")
+            raise ValueError(
+                f"{name}: f=reverse_kl needs label_smoothing strictly between 0 and 1 (1e-3 is usual): log(0) stands in it otherwise"
+            )
         if self.debias and self.label_smoothing >= 0.5:
             raise ValueError(f"{name}: debias needs label_smoothing below 0.5, not {self.label_smoothing}: half-flipped labels say nothing")
         if self.label is not None and self.label_smoothing:
@@ -362,7 +437,9 @@ class Pointwise:
         if self.f == "squared" and self.shift != "none":
             raise ValueError(f"{name}: f=squared pins each score to its own target; set shift=none (it is {self.shift})")
         if self.shift == "mismatched" and not self.score.startswith("log_ratio"):
-            raise ValueError(f"{name}: shift=mismatched estimates a KL, so it needs score=log_ratio_sum or log_ratio_mean, not {self.score}")
+            raise ValueError(
+                f"{name}: shift=mismatched estimates a KL, so it needs score=log_ratio_sum or log_ratio_mean, not {self.score}"
+            )
 
     def fits(self, stream: Any) -> None:
         check_stream("advantage.Pointwise", self.score, stream)
@@ -498,7 +575,9 @@ class Listwise:
     @property
     def formula(self) -> str:
         part = f"log(pi/pi_{self.to})" if self.score.startswith("log_ratio") else "log pi"
-        f = {"softmax": "-sum q log p", "reverse_kl": "KL(p || q)", "noise_contrastive": "-sum (q log sigmoid(r) + log sigmoid(-r)/K)"}[self.f]
+        f = {"softmax": "-sum q log p", "reverse_kl": "KL(p || q)", "noise_contrastive": "-sum (q log sigmoid(r) + log sigmoid(-r)/K)"}[
+            self.f
+        ]
         r = f"{number(self.beta)} {self.score.rsplit('_', 1)[1]} {part}"
         return f"(-f'(s)) [f = {f}, p = softmax(r), r = {r}, q = softmax({self.of}/{self.temperature:g}), over the {self._unit}]"
 

@@ -57,7 +57,7 @@ class Reference(Protocol):
 
 class Advantage(Protocol):
     """``values(view) -> [N]``: how good it was; above 0 raises the probability.  ``objective(view) -> Metrics`` (optional) replaces the
-    reported objective by the term's own numbers."""
+    reported objective by the term's own numbers; ``metrics(view) -> Metrics`` (optional) adds some."""
 
     def values(self, view: TokenView) -> Tensor: ...
 
@@ -343,6 +343,8 @@ class Objective:
         metrics[f"{name}/nll"] = _mean(view, -view.logp)
         metrics[f"{name}/advantage_abs"] = _mean(view, advantage.abs())
         metrics[f"{name}/zero_weight"] = (float((view.on & (weight == 0)).sum()), float(view.on.sum()))
+        if hasattr(stream.advantage, "metrics"):
+            metrics.update({f"{name}/{k}": v for k, v in stream.advantage.metrics(view).items()})
         if hasattr(stream.advantage, "objective"):
             metrics.update({f"{name}/{k}": v for k, v in stream.advantage.objective(view).items()})
         else:

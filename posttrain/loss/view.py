@@ -126,6 +126,22 @@ class TokenView:
         """``[S]`` -> ``[N]``: every token gets its sequence's number."""
         return per_sequence[self.batch.seq]
 
+    def discounted(self, values: Tensor, decay: float = 1.0) -> Tensor:
+        """Sum over this and the later of the stream's tokens in the sequence, each further one ``decay`` times less, ``[N]``.
+
+        Tokens of other sources in between neither add nor discount: they get the sum of the next token of the stream.  Logarithmically many
+        passes over the batch, and no sum ever leaves its sequence.
+        """
+        out, ends = self.select(values), self.batch.cu_seqlens[1:] - 1
+        reach = self.select(torch.full_like(out, decay), 1.0)
+        reach[ends[self.batch.lengths > 0]] = 0.0
+        step, longest = 1, int(self.batch.lengths.max()) if self.num_sequences else 0
+        while step < longest:
+            ahead, further = (torch.nn.functional.pad(x[step:], (0, step)) for x in (out, reach))
+            out = out + torch.where(reach > 0, reach * ahead, torch.zeros_like(out))
+            reach, step = reach * further, 2 * step
+        return out
+
     @property
     def in_pair(self) -> Tensor:
         """Sequences of preference pairs of which at least one side belongs to the stream, ``[S]``: an empty answer still is a side."""

@@ -44,6 +44,11 @@ VARIANTS: dict[str, list[Any]] = {
         advantage.ColumnMinusKL(credit="sequence"),
         advantage.ColumnMinusKL(credit="own", over="self"),
         advantage.ColumnMinusKL(over="behaviour", coef=Linear(0.0, 1.0)),
+        advantage.ColumnMinusKL(gamma=0.9),
+    ],
+    "advantage.Whiten": [
+        advantage.Whiten(advantage.ColumnMinusKL(over="behaviour"), "sequences", False, 1, 0.1, "variance"),
+        advantage.Whiten(advantage.One()),
     ],
     "advantage.Pairwise": [
         advantage.Pairwise(label_smoothing=0.1),
@@ -92,9 +97,12 @@ VARIANTS: dict[str, list[Any]] = {
         regularizer.KL("k3", max_log_ratio=0.5, aggregation=aggregate.SequenceMeanTokenSum(), streams=("rollouts",)),
     ],
     "regularizer.FullKL": [regularizer.FullKL("forward", "teacher", Linear(0.0, 1.0))],
+    "regularizer.JensenShannon": [regularizer.JensenShannon(0.1, "base", Linear(0.0, 1.0))],
     "regularizer.Entropy": [regularizer.Entropy(-0.1), regularizer.Entropy(Linear(1.0, 0.0))],
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "advantage.ColumnMinusKL": {"gamma": [0.5]},
+    "advantage.Whiten": {"inner": [advantage.ColumnMinusKL()], "ddof": [1], "eps": [0.5]},
     "advantage.Pairwise": {"label": ["label"], "gap": ["reward"], "limit": [0.2, 0.5]},
     "advantage.Pointwise": {"label": ["side"]},
     "advantage.Listwise": {"of": ["side", "label"]},
@@ -105,6 +113,7 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "mask.InnerClip": {"low": [0.01, 0.2], "high": [0.01, 0.2]},
     "regularizer.KL": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"], "max_log_ratio": [0.1, 0.3]},
     "regularizer.FullKL": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"], "to": ["teacher"]},
+    "regularizer.JensenShannon": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"], "to": ["base"], "beta": [0.25]},
     "regularizer.Entropy": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"]},
 }
 REQUIRED = {"aggregation.Constant": {"length": 100.0}}
