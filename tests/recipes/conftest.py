@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "posttrain.cli"]
 SMALL = ["model=tiny", "model.tiny.hidden_size=64", "model.tiny.num_layers=2", "model.tiny.num_heads=2", "model.tiny.num_kv_heads=1", "model.tiny.intermediate_size=128"]
+SOLVERS = {"6b_finetuning": False, "6b_verification": True, "175b_finetuning": False, "175b_verification": True}
 
 
 @dataclass
@@ -66,10 +67,11 @@ def gsm8k() -> dict[str, str]:
         {"question": f"Ann has {i} pens and buys {i + 1} more. How many has she?", "answer": f"{i} + {i + 1} = <<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}"}
         for i in range(2, 40)
     ]
+    verdicts = {True: lambda row: row["answer"], False: lambda row: "no idea\nA: 0"}
     solutions = [
-        {"question": r["question"], "ground_truth": r["answer"]}
-        | {f"{size}b_{kind}": {"is_correct": kind == "verification", "solution": r["answer"] if kind == "verification" else "no idea\nA: 0"} for size in (6, 175) for kind in ("finetuning", "verification")}
-        for r in rows
+        {"question": row["question"], "ground_truth": row["answer"]}
+        | {name: {"is_correct": right, "solution": verdicts[right](row)} for name, right in SOLVERS.items()}
+        for row in rows
     ]
     for name, given in (("train", rows[:30]), ("test", rows[30:]), ("model_solutions", solutions)):
         (folder / f"gsm8k_{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in given))
