@@ -153,7 +153,28 @@ def prepare_model(config: RunConfig, scratch: Path, start_from: str | None) -> t
         raise ConfigError(f"model.path={path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
     if config.model.chat_template:
         tokenizer.chat_template = Path(config.model.chat_template).read_text()
+    _check_teacher(config, tokenizer)
     return config, tokenizer
+
+
+def _check_teacher(config: RunConfig, tokenizer: Any) -> None:
+    """A teacher scores the policy's tokens, so a token must be the same to both."""
+    from transformers import AutoTokenizer
+
+    path = config.model.teacher
+    if path is None:
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:
+        raise ConfigError(f"model.teacher={path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
+    own, other = tokenizer.get_vocab(), theirs.get_vocab()
+    if own != other:
+        different = sorted({t for t in own.keys() | other.keys() if own.get(t) != other.get(t)})
+        raise ConfigError(
+            f"model.teacher={path} and {config.model.path} disagree on {len(different)} tokens, first {different[0]!r} "
+            f"({own.get(different[0])} here, {other.get(different[0])} there); a teacher must share the tokenizer"
+        )
 
 
 def load_stage_data(config: RunConfig, tokenizer: Any) -> tuple[list[Any], Any, list[Any], list[Any]]:

@@ -34,7 +34,8 @@ class LoraConfig:
 @dataclass
 class ModelConfig:
     """``path``: a Hugging Face folder or id.  ``init=random`` keeps the architecture and draws new weights.  ``tiny`` describes a model that
-    is created on the spot (architecture and alphabet), used when ``path`` is null."""
+    is created on the spot (architecture and alphabet), used when ``path`` is null.  ``teacher``: a folder or id of the frozen model that losses
+    with a ``teacher`` compare with; it must share the tokenizer."""
 
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -45,6 +46,7 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     chat_template: str | None = None
     tiny: dict[str, Any] | None = None
+    teacher: str | None = None
 
 
 @dataclass
@@ -338,6 +340,11 @@ def check(config: RunConfig) -> None:
     require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature}: sampling for training needs a temperature above 0")
     require(rollout.max_staleness == 0, "rollout.max_staleness must be 0: running ahead of the learner is not available yet")
     require(config.steps >= learner.warmup_steps, f"learner.warmup_steps={learner.warmup_steps} exceeds steps={config.steps}")
+    with_teacher = "teacher" in needs.references or any(column.endswith(":teacher") for column in needs.columns)
+    require(
+        not with_teacher or config.model.teacher is not None,
+        f"loss {config.loss.name!r} compares with a teacher: give model.teacher=FOLDER_OR_ID (a model with the same tokenizer)",
+    )
     if rollout.kind == "vllm":
         require(data.kind == "prompts", f"rollout.kind=vllm samples answers, so data.kind must be prompts, not {data.kind}; or set rollout=replay")
         require(bool(config.reward.fn), "rollout.kind=vllm needs a reward: choose reward=NAME or set reward.fn.NAME._target_=module.function")

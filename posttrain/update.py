@@ -69,9 +69,12 @@ class Learn:
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
             whole = one.whole.replace(totals=self.objective.totals(one.whole))
-            weights, overall = None, {}
+            weights, overall, current = None, {}, None
+            if "entropy" in needs.references:
+                current, entropy = await self._certainty(one, whole)
+                whole = whole.with_logps(entropy=entropy)
             if needs.keep_whole and (one.cut or needs.coupling == "batch"):
-                current = await self._score(one, whole, "current")
+                current = await self._score(one, whole, "current") if current is None else current
                 weights, overall = self.objective.weigh(whole.replace(fresh=False) if "old" in whole.logps else whole, current)
             micro = one.micro_batches(whole)
             sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
@@ -108,11 +111,17 @@ class Learn:
         """
         whole: TokenBatch = one.whole
         wanted = self.objective.needs.references
-        if "base" in wanted:
-            whole = whole.with_logps(base=await self._score(one, whole, "base"))
+        for policy in ("base", "teacher"):
+            if policy in wanted:
+                whole = whole.with_logps(**{policy: await self._score(one, whole, policy)})
         if several and "old" in wanted:
             whole = whole.with_logps(old=await self._score(one, whole, "current"))
         return replace(one, whole=whole)
+
+    async def _certainty(self, one: Step, whole: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy of the current policy, each ``[N]``."""
+        results = await self.learner.score(one.micro_batches(whole), "current", entropy=True)
+        return scatter(one, [r["logp"] for r in results]), scatter(one, [r["entropy"] for r in results])
 
     async def _score(self, one: Step, whole: TokenBatch, policy: str) -> Tensor:
         results = await self.learner.score(one.micro_batches(whole), policy)

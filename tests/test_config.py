@@ -10,10 +10,13 @@ from posttrain.cli import compose_loss
 from posttrain.config import ConfigError, LearnerConfig, RunConfig, check, from_mapping
 from posttrain.words import Words, open_map
 
+DISTILL = ["regularizers.kl={_target_: posttrain.loss.regularizer.KL, to: teacher, coef: 0.1}"]
+
 
 def settings(**changes: Any) -> RunConfig:
     """A config that passes, with changes at dotted paths written ``a__b``."""
-    loss = compose_loss(changes.pop("loss", "grpo"))
+    name = changes.pop("loss", "grpo")
+    loss = compose_loss(name) if isinstance(name, str) else compose_loss(*name)
     config = from_mapping(
         RunConfig,
         {
@@ -80,6 +83,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"loss": "dpo", "rollout__kind": "replay", "data__kind": "demos"}, "set data.kind=pairs"),
         ({"eval__at_end": True}, "data.eval is not set"),
         ({"rollout__max_model_len": 100}, "cannot hold"),
+        ({"loss": ("grpo", DISTILL)}, "give model.teacher=FOLDER_OR_ID"),
     ],
 )
 def test_impossible_pairs_name_the_way_out(changes: dict[str, Any], message: str) -> None:

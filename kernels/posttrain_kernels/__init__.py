@@ -1,5 +1,6 @@
 """Kernels of posttrain, each beside its plain PyTorch twin."""
 
+from posttrain_kernels.linear_divergence import linear_jsd, linear_jsd_reference
 from posttrain_kernels.linear_logprob import (
     linear_kl,
     linear_kl_reference,
@@ -7,4 +8,11 @@ from posttrain_kernels.linear_logprob import (
     linear_logprob_reference,
 )
 
-__all__ = ["linear_kl", "linear_kl_reference", "linear_logprob", "linear_logprob_reference"]
+__all__ = [
+    "linear_jsd",
+    "linear_jsd_reference",
+    "linear_kl",
+    "linear_kl_reference",
+    "linear_logprob",
+    "linear_logprob_reference",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.learner.forward import PolicyModule, forward
-from posttrain.learner.model import is_lora, load_model
+from posttrain.learner.model import is_lora, load_model, plain
 from posttrain.records import TokenBatch
 from posttrain.rollout.mismatch import sums
 
@@ -23,7 +24,7 @@ def device_of(rank: int) -> torch.device:
 
 
 class Core:
-    """A policy, its objective and its frozen start.
+    """A policy, its objective, and the frozen models it is compared with: its start and a teacher.
 
     ``caller`` in the methods is whatever runs the forward: the :class:`PolicyModule` or an engine around it.
     """
@@ -34,6 +35,7 @@ class Core:
         self.device = device
         self._model_cfg, self._seed = model_cfg, seed
         self._base: PolicyModule | None = None
+        self._teacher: PolicyModule | None = None
 
     @property
     def base(self) -> PolicyModule | None:
@@ -41,9 +43,26 @@ class Core:
         if is_lora(self.module.model):
             return None
         if self._base is None:
-            model = load_model(self._model_cfg, seed=self._seed, train=False)
-            self._base = PolicyModule(model.to(self.device), self.module.chunk).eval()
+            self._base = self._load(self._model_cfg)
         return self._base
+
+    @property
+    def teacher(self) -> PolicyModule:
+        """The model at ``model.teacher``, in the policy's dtype.  Loaded on first use; every rank holds a whole copy.  Raises ``ValueError``
+        when there is none, or when its vocabulary has another size."""
+        if self._teacher is None:
+            path = self._model_cfg.teacher
+            if path is None:
+                raise ValueError("the objective compares with a teacher, but model.teacher is not set; give model.teacher=FOLDER_OR_ID")
+            found = self._load(replace(self._model_cfg, path=path, init="pretrained", lora=None))
+            own, theirs = (plain(m.model).config.get_text_config().vocab_size for m in (self.module, found))
+            if own != theirs:
+                raise ValueError(f"model.teacher={path} has a vocabulary of {theirs} tokens and the policy one of {own}; they must be the same")
+            self._teacher = found
+        return self._teacher
+
+    def _load(self, cfg: Any) -> PolicyModule:
+        return PolicyModule(load_model(cfg, seed=self._seed, train=False).to(self.device), self.module.chunk).eval()
 
     @torch.no_grad()
     def score(self, caller: Any, batch: TokenBatch, policy: str, entropy: bool) -> dict[str, Tensor]:
@@ -51,12 +70,14 @@ class Core:
 
         An empty batch gives empty columns but still runs a forward, because other ranks may wait for this one.
         """
-        if policy not in ("current", "base"):
-            raise ValueError(f"score has no policy {policy!r}; choose 'current' or 'base'")
+        if policy not in ("current", "base", "teacher"):
+            raise ValueError(f"score has no policy {policy!r}; choose 'current', 'base' or 'teacher'")
         padded = placeholder(batch)
         target, adapter = caller, True
         if policy == "base":
             target, adapter = (caller, False) if self.base is None else (self.base, True)
+        elif policy == "teacher":
+            target = self.teacher
         training = self.module.training
         self.module.eval()
         try:
@@ -82,13 +103,14 @@ class Core:
         idle = not bool(batch.trainable.any())
         padded = placeholder(batch).to(self.device)
         needs = self.objective.needs
-        wants_base = any(name.endswith(":base") for name in needs.columns)
+        wanted = {name.partition(":")[2] for name in needs.columns}
         logp, columns = forward(
             caller,
             padded,
             temperature=needs.temperature,
             columns=needs.columns,
-            base_model=self.base if wants_base else None,
+            base_model=self.base if "base" in wanted else None,
+            teacher_model=self.teacher if "teacher" in wanted else None,
             only_trainable=not idle,
         )
         # gradient exactly zero through every output, and no 0 * inf

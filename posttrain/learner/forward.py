@@ -6,41 +6,66 @@ engines (ZeRO-3) gather a module's weights in hooks around exactly that call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_kl, linear_logprob
+from posttrain_kernels import linear_jsd, linear_kl, linear_logprob
 from torch import Tensor, nn
 
 from posttrain.learner import attention
 from posttrain.learner.model import is_lora, plain
 from posttrain.records import TokenBatch
 
-COLUMNS = ("entropy", "kl_reverse:base", "kl_forward:base")
+KINDS = ("entropy", "kl_reverse", "kl_forward", "jsd")
+FROZEN = ("base", "teacher")
+Frozen = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states ``[n, D]`` of a frozen model, its head's weight and bias.  An empty weight means that the head is shared."""
+
+
+def parse_column(name: str) -> tuple[str, str | None, float]:
+    """(kind, frozen model, beta) of ``entropy``, ``kl_reverse:base``, ``kl_forward:teacher``, ``jsd_0.5:teacher``, ...
+
+    Raises ``ValueError`` for any other name.
+    """
+    head, _, to = name.partition(":")
+    kind, _, beta = head.partition("_") if head.startswith("jsd") else (head, "", "")
+    try:
+        value = float(beta) if beta else 0.0
+    except ValueError:
+        value = math.nan
+    if kind not in KINDS or (to or None) not in ((None,) if kind == "entropy" else FROZEN) or (kind == "jsd" and not 0 < value < 1):
+        known = "entropy, and kl_reverse:WHO, kl_forward:WHO, jsd_BETA:WHO with WHO one of " + " or ".join(FROZEN)
+        raise ValueError(f"unknown full-vocabulary column {name!r}; choose from {known}")
+    return kind, to or None, value
 
 
 def _head_forward(head: nn.Module, original: Any) -> Any:
     """A ``forward`` for the output layer: as before for a plain call, chunked log-probabilities when ``targets`` are given."""
 
     def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024, columns: tuple[str, ...] = (),
-                base: tuple[Tensor, Tensor, Tensor | None] | None = None) -> Any:  # fmt: skip
+                frozen: Mapping[str, Frozen] | None = None) -> Any:  # fmt: skip
         if targets is None:
             return original(hidden)
         weight, bias = head.weight, getattr(head, "bias", None)
         logp, entropy = linear_logprob(hidden, weight, targets, temperature=temperature, chunk=chunk, need_entropy="entropy" in columns, bias=bias)
-        found = [logp] if entropy is None else [logp, entropy]
-        if base is not None:
-            base_hidden, base_weight, base_bias = base
-            # adapters leave the head alone, so the base shares it
-            shared = base_weight.numel() == 0
-            kl = linear_kl(
-                hidden, weight, base_hidden, weight if shared else base_weight, temperature=temperature, chunk=chunk, bias=bias,
-                base_bias=bias if shared else base_bias,
-            )  # fmt: skip
-            found += [value for name, value in zip(COLUMNS[1:], kl, strict=True) if name in columns]
-        return tuple(found)
+        found = {} if entropy is None else {"entropy": entropy}
+        for name in columns:
+            kind, to, beta = parse_column(name)
+            if to is None or name in found:
+                continue
+            theirs, their_weight, their_bias = (frozen or {})[to]
+            # adapters leave the head alone, so the frozen start shares it
+            other = (theirs, weight, bias) if their_weight.numel() == 0 else (theirs, their_weight, their_bias)
+            options: dict[str, Any] = {"temperature": temperature, "chunk": chunk, "bias": bias}
+            if kind == "jsd":
+                found[name] = linear_jsd(hidden, weight, other[0], other[1], beta, other_bias=other[2], **options)
+            else:
+                both = linear_kl(hidden, weight, other[0], other[1], base_bias=other[2], **options)
+                found |= {f"kl_reverse:{to}": both[0], f"kl_forward:{to}": both[1]}
+        return (logp, *(found[name] for name in columns))
 
     return forward
 
@@ -49,7 +74,7 @@ class PolicyModule(nn.Module):
     """A causal language model that answers with log-probabilities of given targets instead of logits.
 
     ``model`` is a transformers model, with or without LoRA.  ``forward`` takes the packed columns and returns a tuple: ``logp[n]`` of the
-    selected columns, then one ``[n]`` tensor per wanted full-vocabulary column in the order of ``COLUMNS``.
+    selected columns, then one ``[n]`` tensor per wanted full-vocabulary column, in the order of ``columns``.
     """
 
     def __init__(self, model: nn.Module, chunk: int = 1024) -> None:
@@ -87,13 +112,12 @@ class PolicyModule(nn.Module):
         select: Tensor | None,
         temperature: float,
         columns: tuple[str, ...] = (),
-        base: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        frozen: Mapping[str, Frozen] | None = None,
         want_hidden: bool = False,
         adapter: bool = True,
     ) -> Any:
-        """``select`` ``[n]`` are the column indices to score, None for all.  ``base`` holds the frozen start's hidden states ``[n, D]``, head
-        weight and bias; an empty weight means that the head is shared.  ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the
-        selected hidden states instead."""
+        """``select`` ``[n]`` are the column indices to score, None for all.  ``frozen``: what the columns compare with, by name.
+        ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the selected hidden states instead."""
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:
             hidden = self.hidden(input_ids, positions, lengths)
@@ -101,7 +125,7 @@ class PolicyModule(nn.Module):
             hidden, target_ids = hidden[select], target_ids[select]
         if want_hidden:
             return hidden
-        return self.head(hidden, targets=target_ids, temperature=temperature, chunk=self.chunk, columns=columns, base=base)
+        return self.head(hidden, targets=target_ids, temperature=temperature, chunk=self.chunk, columns=columns, frozen=frozen)
 
 
 def forward(
@@ -112,39 +136,38 @@ def forward(
     columns: Iterable[str] = (),
     only_trainable: bool = True,
     base_model: Any | None = None,
+    teacher_model: Any | None = None,
     adapter: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``(logp[N], {column: [N]})`` of a batch that is not empty, in float32 (float64 for a float64 model).
 
     ``model`` is a :class:`PolicyModule` or an engine around one.  With ``only_trainable`` the head runs only on trainable columns: the others
     hold 0 and carry no gradient.  The ``:base`` columns need the frozen start: ``base_model`` (another ``PolicyModule``), or the model's own
-    adapters, which are switched off for one pass without gradient.
+    adapters, which are switched off for one pass without gradient; the ``:teacher`` columns need ``teacher_model``.
 
-    Raises ``ValueError`` for an unknown column, an empty batch, or a ``:base`` column without a base.
+    Raises ``ValueError`` for an unknown column, an empty batch, or a column whose model is missing.
     """
-    wanted = tuple(name for name in COLUMNS if name in set(columns))
-    unknown = set(columns) - set(COLUMNS)
-    if unknown:
-        raise ValueError(f"unknown full-vocabulary column {sorted(unknown)[0]!r}; choose from {', '.join(COLUMNS)}")
+    wanted = tuple(sorted(columns))
+    others = {to for name in wanted if (to := parse_column(name)[1]) is not None}
     if batch.num_tokens == 0:
         raise ValueError("the batch is empty; use an engine, which runs its own placeholder")
     select = batch.trainable.nonzero().squeeze(1) if only_trainable and not bool(batch.trainable.all()) else None
     lengths = batch.lengths
     row = (batch.input_ids, batch.target_ids, batch.positions, lengths, select, temperature)
-    base = None
-    if any(name.endswith(":base") for name in wanted):
-        base = _base(model, base_model, row)
-    found = model(*row, wanted, base, False, adapter)
+    frozen = {to: _frozen(to, model, base_model if to == "base" else teacher_model, row) for to in sorted(others)}
+    found = model(*row, wanted, frozen, False, adapter)
     names = ("logp", *wanted)
     full = {name: _spread(value, select, batch.num_tokens) for name, value in zip(names, found, strict=True)}
     return full.pop("logp"), full
 
 
 @torch.no_grad()
-def _base(model: Any, base_model: Any | None, row: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    if base_model is not None:
-        head = base_model.head
-        return base_model(*row, (), None, True), head.weight, getattr(head, "bias", None)
+def _frozen(to: str, model: Any, other: Any | None, row: tuple[Any, ...]) -> Frozen:
+    if other is not None:
+        head = other.head
+        return other(*row, (), None, True), head.weight, getattr(head, "bias", None)
+    if to == "teacher":
+        raise ValueError("a ':teacher' column needs the teacher: give teacher_model (model.teacher=FOLDER_OR_ID)")
     module = getattr(model, "module", model)
     if not is_lora(module.model):
         raise ValueError("a ':base' column needs the frozen start: give base_model, or train with adapters (model.lora)")

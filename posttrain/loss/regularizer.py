@@ -25,11 +25,15 @@ class KL:
 
     Equation: with ``d = l - log pi_to``: ``k1 = d``, ``k2 = d**2 / 2``, ``k3 = exp(-d) + d - 1``; the penalty's derivative is ``1``, ``d``,
     ``1 - exp(-d)``.  With ``ratio="token"`` the penalty is ``r * k``, whose derivative is ``r * (k + k')``; for k3 that is ``r * d``.
-    Source: Schulman's note on approximating KL; k3 in GRPO, arXiv 2402.03300; gradients: arXiv 2506.09477, 2510.01555.
+    ``k3_of_to = exp(d) - d - 1``, derivative ``exp(d) - 1``, is k3 on samples of ``to``.
+    Source: Schulman's note on approximating KL; k3 in GRPO, arXiv 2402.03300; gradients: arXiv 2506.09477, 2510.01555; the drift from the policy that
+    sampled: CPGD, arXiv 2505.12504.
 
     ``estimator``: on-policy, k2 as a loss is the *local* reverse KL (pi to base), k3 the local *forward* KL (base to pi), and k1 has
-    expectation 0: it is refused without a ratio unless ``force``.  ``to``: the policy to stay near.  ``coef``: positive is a penalty; a
-    number or a schedule.  ``ratio``: ``token`` multiplies by ``pi/pi_over`` (``over="old"`` or ``behaviour``) for stale samples.
+    expectation 0: it is refused without a ratio unless ``force``; ``k3_of_to`` is the local forward KL where ``to`` is the policy that sampled the
+    tokens.  ``to``: the policy to stay near.  ``coef``: positive is a penalty; a number or a schedule.  ``ratio``, for stale samples of ``over``
+    (``old`` or ``behaviour``): ``token`` multiplies by ``pi/pi_over`` and differentiates it too; ``prefix`` multiplies the derivative by the ratio of this
+    token and all before it, which is exact, with a variance that grows with the length.
     ``level``: ``sequence`` applies the estimator to the sum of ``d`` over the answer (k2: the exact reverse KL of sequences).
     ``max_log_ratio``: beyond this ``|d|`` the gradient is 0, and the ``clamped`` metric says how often; without it a huge ``-d`` under k3
     stops the run.
@@ -37,10 +41,10 @@ class KL:
     Wrong when: the KL of whole sequences is meant and ``level`` is ``token``; put k1 in the reward then (``advantage.ColumnMinusKL``).
     """
 
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    estimator: Literal["k1", "k2", "k3", "k3_of_to"] = "k3"
     to: str = "base"
     coef: Scalar = 0.001
-    ratio: Literal["none", "token"] = "none"
+    ratio: Literal["none", "token", "prefix"] = "none"
     over: str = "old"
     level: Literal["token", "sequence"] = "token"
     max_log_ratio: float | None = None
@@ -50,44 +54,51 @@ class KL:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("estimator", self.estimator, ("k1", "k2", "k3")),
-            ("ratio", self.ratio, ("none", "token")),
+            ("estimator", self.estimator, ("k1", "k2", "k3", "k3_of_to")),
+            ("ratio", self.ratio, ("none", "token", "prefix")),
             ("level", self.level, ("token", "sequence")),
         ):
             if value not in known:
                 raise ValueError(f"regularizer.KL: {name}={value!r} does not exist; choose from {', '.join(known)}")
-        if self.estimator == "k1" and self.ratio == "none" and not self.force:
+        if self.estimator == "k1" and self.ratio != "token" and not self.force:
             raise ValueError(
                 "regularizer.KL: k1 as a loss has a gradient of expectation 0, it only adds noise; use estimator=k2 (reverse) or k3 "
                 "(forward), "
                 "put k1 in the reward with advantage.ColumnMinusKL, or set force=true"
             )
-        if self.ratio == "token" and self.level == "sequence":
-            raise ValueError("regularizer.KL: ratio=token belongs to level=token; a sequence KL would need the ratio of the whole sequence")
+        if self.ratio != "none" and self.level == "sequence":
+            raise ValueError(
+                f"regularizer.KL: ratio={self.ratio} belongs to level=token; a sequence KL would need the ratio of the whole sequence"
+            )
+        if self.ratio != "none" and self.estimator == "k3_of_to":
+            raise ValueError(f"regularizer.KL: k3_of_to is for tokens sampled by {self.to}, so it takes no ratio; set ratio=none")
         if self.max_log_ratio is not None and not self.max_log_ratio > 0:
             raise ValueError(f"regularizer.KL: max_log_ratio={self.max_log_ratio} must be above 0, or null for none")
         object.__setattr__(self, "streams", _names(self.streams))
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({self.to} | ({self.over} if self.ratio == "token" else set())) - {"self"}
+        return frozenset({self.to} | ({self.over} if self.ratio != "none" else set())) - {"self"}
 
     live = True
 
     @property
     def coupling(self) -> str:
-        return self.level
+        return "sequence" if self.ratio == "prefix" else self.level
 
     @property
     def formula(self) -> str:
         d = f"log(pi/pi_{self.to})" if self.level == "token" else f"sum log(pi/pi_{self.to})"
-        k = {"k1": "d", "k2": "d^2/2", "k3": "exp(-d) + d - 1"}[self.estimator]
-        r = f"pi/pi_{self.over} * " if self.ratio == "token" else ""
+        k = {"k1": "d", "k2": "d^2/2", "k3": "exp(-d) + d - 1", "k3_of_to": "exp(d) - d - 1"}[self.estimator]
+        r = {"none": "", "token": f"pi/pi_{self.over} * ", "prefix": f"sg(pi/pi_{self.over} of the prefix) * "}[self.ratio]
         return f"{number(self.coef)} * {r}({k}) [{self.estimator}, d = {d}]"
 
     def gradient(self, view: TokenView) -> Tensor:
         d, outside = self._difference(view)
-        slope = {"k1": torch.ones_like, "k2": lambda x: x, "k3": lambda x: -torch.expm1(-x)}[self.estimator](d)
+        slopes = {"k1": torch.ones_like, "k2": lambda x: x, "k3": lambda x: -torch.expm1(-x), "k3_of_to": torch.expm1}
+        slope = slopes[self.estimator](d)
+        if self.ratio == "prefix":
+            slope = slope * self._prefix_ratio(view)
         if self.ratio == "token":
             r = torch.exp(view.log_ratio(self.over, level="token"))
             slope = r * (d if self.estimator == "k3" else slope + self._estimate(d))
@@ -103,6 +114,8 @@ class KL:
         k = self._estimate(d)
         if self.ratio == "token":
             k = k * torch.exp(view.log_ratio(self.over, level="token"))
+        if self.ratio == "prefix":
+            k = k * self._prefix_ratio(view)
         return k / view.spread(view.seq_len().clamp(min=1)) if self.level == "sequence" else k
 
     def metrics(self, view: TokenView) -> Metrics:
@@ -118,7 +131,17 @@ class KL:
         return d.clamp(-self.max_log_ratio, self.max_log_ratio), d.abs() > self.max_log_ratio
 
     def _estimate(self, d: Tensor) -> Tensor:
-        return {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: torch.expm1(-x) + x}[self.estimator](d)
+        estimates = {
+            "k1": lambda x: x,
+            "k2": lambda x: x * x / 2,
+            "k3": lambda x: torch.expm1(-x) + x,
+            "k3_of_to": lambda x: torch.expm1(x) - x,
+        }
+        return estimates[self.estimator](d)
+
+    def _prefix_ratio(self, view: TokenView) -> Tensor:
+        d = view.log_ratio(self.over, level="token").detach()
+        return torch.exp(view.spread(view.seq_sum(d)) - view.discounted(d) + d)
 
 
 @dataclass(frozen=True)
@@ -153,6 +176,43 @@ class FullKL:
     def formula(self) -> str:
         ends = f"pi || pi_{self.to}" if self.direction == "reverse" else f"pi_{self.to} || pi"
         return f"{number(self.coef)} * KL({ends})"
+
+
+@dataclass(frozen=True)
+class JensenShannon:
+    """The generalised Jensen-Shannon divergence over the whole vocabulary, position by position: bounded, between the two KLs.
+
+    Equation: with ``q`` the policy ``to`` and ``m = beta q + (1 - beta) p``: ``beta KL(q || m) + (1 - beta) KL(p || m)``.
+    Source: GKD, arXiv 2306.13649.
+
+    ``beta``: between 0 and 1; divided by ``beta`` it tends to the forward KL as beta falls to 0, divided by ``1 - beta`` to the reverse KL as it
+    rises to 1.  ``to``: ``teacher`` or ``base``.  ``coef``: positive is a penalty.
+
+    Wrong when: ``beta`` is near an end and the coefficient was tuned at another one: the gradient shrinks with ``beta (1 - beta)``.
+    """
+
+    beta: float = 0.5
+    to: str = "teacher"
+    coef: Scalar = 1.0
+    streams: Streams = None
+    aggregation: Any = None
+    sign = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"regularizer.JensenShannon: beta={self.beta} must lie between 0 and 1; at the ends the divergence is 0: use "
+                "regularizer.FullKL with direction forward (0) or reverse (1)"
+            )
+        object.__setattr__(self, "streams", _names(self.streams))
+
+    @property
+    def column(self) -> str:
+        return f"jsd_{self.beta:g}:{self.to}"
+
+    @property
+    def formula(self) -> str:
+        return f"{number(self.coef)} * JSD_{self.beta:g}(pi_{self.to}, pi)"
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,9 @@ def idle_settings(config: RunConfig) -> list[str]:
         lines.append(f"eval.every={evaluation.every}: the run has {config.steps} steps, so nothing is evaluated; lower it or set eval.at_end=true")
     if sampled and config.data.loss_on != "assistant" and config.data.demos is None:
         lines.append(f"data.loss_on={config.data.loss_on}: sampled answers are learnt from whole; it concerns given answers only")
+    needs = config.loss.needs
+    if config.model.teacher is not None and not any("teacher" in name for name in needs.references | needs.columns):
+        lines.append("model.teacher: nothing in this loss compares with a teacher; set model.teacher=null")
     if config.model.path is not None and config.model.tiny is not None:
         lines.append("model.tiny: model.path is set, so nothing is created on the spot")
     return lines
