@@ -41,7 +41,7 @@ def test_the_wheel_holds_library_kernels_and_both_trees(wheel: zipfile.ZipFile) 
     wanted = expected("posttrain", "*.py", "posttrain") | expected("kernels/posttrain_kernels", "*.py", "posttrain_kernels")
     wanted |= expected("configs", "*.yaml", "posttrain/_configs") | expected("recipes", "*.yaml", "posttrain/_recipes")
     assert len(wanted) > 60
-    assert not wanted - names
+    assert not wanted - names and "posttrain/py.typed" in names
     assert not {n for n in names if n.startswith(("tests/", "kernels/", "configs/", "recipes/")) or n.endswith(".pyc")}
 
 

@@ -51,6 +51,15 @@ async def test_not_started(tiny: str) -> None:
     group(tiny).close()
 
 
+def poison(module: Any, inputs: Any, output: torch.Tensor) -> None:
+    """A forward hook: the gradient that comes back through ``output`` is NaN, the loss stays finite."""
+    output.register_hook(lambda grad: grad * torch.nan)
+
+
+def plant_nan(actor: Any) -> None:
+    actor.engine.module.inner.model.norm.register_forward_hook(poison)
+
+
 def surroundings(_: Any) -> tuple[str, bool, int, str, bool]:
     """What the environment of a CPU rank has led to, in the libraries that read it."""
     import os
@@ -125,14 +134,21 @@ async def test_two_ranks(tiny: str, tmp_path: Path, ray_session: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-async def test_deadline_and_death(tiny: str, ray_session: Any) -> None:
-    """A wait that is too long names phase, rank, host and version, also while the rank is busy; a dead rank is an error at once."""
+async def test_deadline_nan_and_death(tiny: str, ray_session: Any) -> None:
+    """A wait that is too long names phase, rank, host and version, also while the rank is busy; a NaN
+    keeps its kind and its tensor's name on the way here; a dead rank is an error at once."""
     learner = group(tiny, world_size=1, engine="torch", zero_stage=0)
     try:
         await learner.ready()
         learner.cfg.timeout_s = 0.0
         with pytest.raises(LearnerError, match=r"publishing version 3: rank 0 of 1 gave no answer within 0 s; on host \S+ \(pid \d+\) it has been "):
             await learner.publish(3)
+        learner.cfg.timeout_s = 60.0
+        before = await learner.fingerprint()
+        await inside(learner, plant_nan)
+        with pytest.raises(FloatingPointError, match=r"learning, learner rank 0: optimizer step 0, rank 0: the gradient of model\.\S+ "):
+            await learner.step(micro_batches())
+        assert await learner.fingerprint() == before
         await inside(learner, lambda actor: setattr(actor.engine, "forward_backward", lambda *_, **__: time.sleep(600)))
         learner.cfg.timeout_s = 1.0
         with pytest.raises(LearnerError, match=r"within 1 s; .* it has been 'learning, micro-batch 1 of 3' for \d+\.\d s; last version 3"):
