@@ -78,7 +78,13 @@ async def _stages(stages: dict[str, tuple[RunConfig, str]], folder: RunFolder, s
     previous: str | None = None
     with Console(folder.root, total_stages=len(stages)) as console:
         for number, (name, (config, _)) in enumerate(stages.items()):
-            if name in done:
+            longer = name in done and config.steps > done[name]["steps"]
+            if longer and (later := [n for n in list(stages)[number + 1 :] if n in done]):
+                raise ConfigError(
+                    f"stages.{name}.steps={config.steps}: the stage is done after {done[name]['steps']} steps and stage {later[0]} began from "
+                    f"its weights; only the last stage can be continued, or start anew with another run_dir"
+                )
+            if name in done and not longer:
                 console.message(f"stage {name} is done already: {done[name].get('export')}")
                 summary.add_stage(name, done[name])
                 previous = done[name].get("export")

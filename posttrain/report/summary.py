@@ -102,15 +102,15 @@ class Summary:
         return next((r["export"] for r in reversed(self.stages.values()) if r.get("export")), None)
 
     def go_on(self) -> str | None:
-        """The command that starts the recipe again from the trained weights."""
+        """The command that continues the last stage for as many steps again."""
         export = self.export()
         if not self.command or export is None:
             return None
-        kept = [a for a in self.command[1:] if not a.startswith(("run_dir=", "resume=", "init_from=")) and ".init_from=" not in a]
-        first = next(iter(self.stages))
-        key = f"stages.{first}.init_from" if len(self.stages) > 1 else "init_from"
+        last, result = next(reversed(self.stages.items()))
+        key = f"stages.{last}.steps" if len(self.stages) > 1 else "steps"
+        kept = [a for a in self.command[1:] if not a.startswith(("run_dir=", "resume=", f"{key}="))]
         program = self.command[0] if shutil.which(self.command[0]) else os.path.relpath(Path(sys.executable).parent / self.command[0])
-        return shlex.join([program, *kept, f"{key}={export}"])
+        return shlex.join([program, *kept, f"run_dir={self.root}", "resume=auto", f"{key}={2 * int(result['steps'])}"])
 
     # -- telling it ------------------------------------------------------------------------------------------------------------
     def as_dict(self, reason: str) -> dict[str, Any]:

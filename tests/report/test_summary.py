@@ -77,7 +77,7 @@ def test_closing_lines(tmp_path: Path) -> None:
     assert any(line.startswith("run folder") and line.endswith(str(tmp_path)) for line in lines)
     assert any("rollout 1 min 05 s" in line for line in lines)
     (go_on,) = [line for line in lines if line.startswith("go on with")]
-    assert go_on.endswith("train recipe=quickstart seed=1 stages.sft.init_from=runs/x/export/grpo"), "without run_dir and resume"
+    assert go_on.endswith(f"train recipe=quickstart seed=1 run_dir={tmp_path} resume=auto stages.grpo.steps=120")
 
 
 def test_a_run_that_failed_early_has_a_summary_too(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_run_that_failed_early_has_a_summary_too(tmp_path: Path) -> None:
 
 def test_one_stage_goes_on_without_its_name(tmp_path: Path) -> None:
     summary = Summary(tmp_path, ["posttrain", "train", "recipe=sft"])
-    summary.add_stage("train", {"export": "a folder/export"})
-    assert (summary.go_on() or "").endswith("train recipe=sft 'init_from=a folder/export'")
+    summary.add_stage("train", {"export": "a folder/export", "steps": 50})
+    assert (summary.go_on() or "").endswith(f"train recipe=sft run_dir={tmp_path} resume=auto steps=100")
 
 
 def test_the_old_summary_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
