@@ -24,7 +24,7 @@ from posttrain import help as pages
 from posttrain import targets
 from posttrain.config import ConfigError, RunConfig, check, from_mapping
 from posttrain.doctor import PREVIOUS
-from posttrain.messages import describe, did_you_mean, exit_code, reword
+from posttrain.messages import describe, did_you_mean, exit_code, listing, reword
 from posttrain.paths import CONFIGS, RECIPES
 from posttrain.words import SHOWS, Words, open_map
 
@@ -125,7 +125,7 @@ def _readable() -> Iterator[None]:
         raise ConfigError(f"{where}not YAML: {getattr(error, 'problem', None) or error}") from error
     except Exception as error:
         if type(error).__module__.startswith("hydra.") or isinstance(error, OmegaConfBaseException):
-            raise ConfigError(reword(error, _known_keys(), pages.groups())) from error
+            raise ConfigError(reword(error, _known_keys(), pages.groups(), pages.recipes())) from error
         raise
 
 
@@ -157,7 +157,7 @@ def compose_loss(name: str, overrides: Sequence[str] = ()) -> Any:
 
     known = pages.groups()["loss"]
     if name not in known:
-        raise ConfigError(f"no loss {name!r}{did_you_mean(name, known)}" + f"; available: {', '.join(known)}")
+        raise ConfigError(f"no loss {name!r}{did_you_mean(name, known)}" + f"; available: {listing(known)}")
     full = [o if o.startswith("~") else f"++loss.{o.lstrip('+')}" for o in overrides]
     composed = _compose("train", [f"loss={name}", *full])
     with _readable():
@@ -184,8 +184,10 @@ def build_config(cfg: Any) -> RunConfig:
         raw = OmegaConf.to_container(cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg)), resolve=True, throw_on_missing=True)
     assert isinstance(raw, dict)
     raw.pop("hydra", None)
+    if "model" not in raw or "cluster" not in raw:
+        raise ConfigError("these settings are not a whole run: a recipe begins with  defaults: [train, _self_]")
     if not isinstance(raw.get("loss"), dict) or "_target_" not in raw["loss"]:
-        raise ConfigError(f"loss is not an objective; choose loss=NAME ({', '.join(pages.groups()['loss'])})")
+        raise ConfigError(f"loss is not an objective; choose loss=NAME ({listing(pages.groups()['loss'])})")
     if raw.get("advantage") == {}:
         raw["advantage"] = None
     if isinstance(tiny := (raw.get("model") or {}).get("tiny"), dict):
@@ -407,7 +409,7 @@ def _explain(args: list[str]) -> int:
         return 0
     alone = words.recipe is None and all(w.removeprefix("++").startswith("loss") for w in words.overrides)
     if alone and not words.overrides:
-        raise ConfigError(f"what? explain loss=NAME or recipe=NAME (losses: {', '.join(pages.groups()['loss'])})")
+        raise ConfigError(f"what? explain loss=NAME or recipe=NAME (losses: {listing(pages.groups()['loss'])})")
     configs = build_stages(compose_stages(words))
     for number, (name, config) in enumerate(configs.items()):
         if len(configs) > 1:

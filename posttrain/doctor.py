@@ -28,6 +28,8 @@ PREVIOUS = "<previous stage>"
 """``model.path`` of a stage that begins where the one before it ended."""
 ROWS = 2000
 """Rows of each data set that a run reads before it starts anything; the rest is read when its stage begins."""
+LOGPS = ("self", "old", "behaviour", "base", "teacher", "entropy")
+"""Named columns that a run can fill for a loss."""
 GIB = 2**30
 PROCESS = 1.0
 """GiB that Python, torch and the libraries of one actor take, measured on CPU."""
@@ -45,22 +47,25 @@ class Line:
 def preflight(stages: Mapping[str, RunConfig], say: Callable[[str], None] = print) -> None:
     """Raise what can be known to fail before a cluster, an engine or a learner starts: GPUs, cluster address, models, data of every stage.
 
-    Settings that cannot act are told to ``say``; with ``strict=true`` they are an error.
+    Settings that cannot act are told to ``say`` when all is well; with ``strict=true`` they are an error.
     """
     first = next(iter(stages.values()))
+    idle: list[str] = []
     resources(first.cluster, cluster.demand(dict(stages)))
     with tempfile.TemporaryDirectory() as scratch:
         previous: str | None = None
         for name, config in stages.items():
             with _stage(name, len(stages) > 1):
-                _idle(config, say, f"stage {name}: " if len(stages) > 1 else "")
-                rewards(config)
+                idle += [(f"stage {name}: " if len(stages) > 1 else "") + line for line in _idle(config)]
+                names(config)
                 if config.model.path == PREVIOUS and previous is None and config.init_from is None:
                     raise ConfigError("model.path is not set, and the stage before exports nothing; set checkpoint.export=true there, or model.path")
                 ready, tokenizer = model(config, Path(scratch) / name, previous)
                 records = _records(replace(ready, data=_head(ready.data, ROWS)), tokenizer)
                 context(ready, records)
                 previous = ready.model.path if config.checkpoint.export else None
+    for line in idle:
+        say(line)
 
 
 def preflight_evaluation(config: RunConfig, gpus: float) -> None:
@@ -71,7 +76,7 @@ def preflight_evaluation(config: RunConfig, gpus: float) -> None:
         raise ConfigError("evaluation needs a reward to say what is right: choose reward=NAME")
     if config.model.path is None and config.model.tiny is None:
         raise ConfigError("which model? give model.path=FOLDER_OR_ID")
-    rewards(config)
+    names(config)
     resources(config.cluster, gpus)
 
 
@@ -85,12 +90,11 @@ def _stage(name: str, several: bool) -> Iterator[None]:
         raise ConfigError(f"stage {name}: {error}") from error
 
 
-def _idle(config: RunConfig, say: Callable[[str], None], prefix: str) -> None:
+def _idle(config: RunConfig) -> list[str]:
     lines = [line.text for line in cannot_act(config)]
     if lines and config.strict:
         raise ConfigError(f"strict=true: {lines[0]}" + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
-    for line in lines:
-        say(f"{prefix}{line}")
+    return lines
 
 
 def resources(config: ClusterConfig, gpus: float) -> None:
@@ -130,11 +134,13 @@ def reachable(address: str, timeout_s: float = 5.0) -> None:
         raise ConfigError(f"cluster.address={address}: that port is in use by something that is not Ray; {fix}")
 
 
-def rewards(config: RunConfig) -> None:
-    """Names in weights, metric and gate that nothing answers to."""
+def names(config: RunConfig) -> None:
+    """Names that nothing in the run answers to: in terms, weights, metric and gate."""
     from posttrain.reward.combine import Sum
 
     reward = config.reward
+    for name in sorted(config.loss.needs.references - set(LOGPS)):
+        raise ConfigError(f"loss {config.loss.name!r} reads the log-probs {name!r}, which nothing fills; use one of {', '.join(LOGPS)}")
     if reward.fn:
         try:
             (reward.combine or Sum(reward.weights)).check(reward.fn)
@@ -154,6 +160,9 @@ def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[Run
     given = config.init_from or start_from or config.model.path
     folder = Path(given) if given else None
     key = "init_from" if config.init_from else "model.path"
+    if given is not None and not Path(given).exists() and (given.startswith((".", "/", "~")) or given.count("/") > 1):
+        home = " (write the whole path: ~ is not filled in)" if Path(given).expanduser().exists() else ""
+        raise ConfigError(f"{key}={given}: there is no such folder{home}")
     if folder is not None and folder.is_dir():
         if not (folder / "config.json").exists():
             raise ConfigError(f"{key}={given}: the folder holds no model (no config.json); give a Hugging Face folder, such as export/ of a run")
@@ -287,8 +296,8 @@ def machine(config: ClusterConfig) -> Iterator[Line]:
     shared = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").exists() else 0.0
     enough = shared >= config.object_store_gb
     yield Line("ok" if enough else "warning", f"{shared:.1f} GiB of shared memory" + ("" if enough else "; lower cluster.object_store_gb"))
-    names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    yield Line("ok", ", ".join(f"{n} x {name}" for name, n in names.items()) if names else "no GPU")
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    yield Line("ok", ", ".join(f"{n} x {name}" for name, n in gpus.items()) if gpus else "no GPU")
 
 
 def _installed(name: str) -> bool:
@@ -309,7 +318,7 @@ def _asked(config: RunConfig, stages: Mapping[str, RunConfig]) -> Iterator[Line]
 def settings(config: RunConfig) -> Iterator[Line]:
     """Settings that cannot work together."""
     check(config)
-    rewards(config)
+    names(config)
     yield Line("ok", "the settings fit together")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from posttrain.paths import CONFIGS, RECIPES
 
 COMMANDS = {
@@ -126,5 +128,7 @@ def page(command: str | None = None) -> str:
         lines += [f"  {name:<12} {text}" for name, text in recipes().items()]
         width = max(map(len, GROUPS))
         lines += ["", "groups and their choices"]
-        lines += [f"  {name:<{width}}  {', '.join(choices)}" + (f"   ({GROUPS[name]})" if name in GROUPS else "") for name, choices in groups().items()]
+        for name, choices in groups().items():
+            wrapped = textwrap.wrap(", ".join(choices), 100) or [""]
+            lines += [f"  {name:<{width}}  {GROUPS.get(name, '')}", *(f"  {'':<{width}}    {line}" for line in wrapped)]
     return "\n".join(lines)

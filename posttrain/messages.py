@@ -27,6 +27,12 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"; {said}" if said else ""
 
 
+def listing(names: Iterable[str], most: int = 16) -> str:
+    """Names with commas, cut when they are many."""
+    names = list(names)
+    return ", ".join(names if len(names) <= most else [*names[: most - 1], f"and {len(names) - most + 1} more"])
+
+
 def exit_code(error: BaseException) -> int:
     """2 for what the user can mend, 1 for anything else."""
     return 2 if isinstance(error, (ValueError, OSError, LookupError)) else 1
@@ -62,7 +68,7 @@ def _os_error(error: OSError, text: str) -> str:
 
 
 # -- the composer's own errors ------------------------------------------------------------------------------------------------------
-def reword(error: BaseException, settings: Iterable[str], groups: dict[str, list[str]]) -> str:
+def reword(error: BaseException, settings: Iterable[str], groups: dict[str, list[str]], recipes: Iterable[str] = ()) -> str:
     """An error of Hydra or OmegaConf as one sentence.  ``settings``: every key there is; ``groups``: every choice there is."""
     text = str(error).strip()
     if cause := str(error.__cause__ or "").strip():
@@ -71,11 +77,12 @@ def reword(error: BaseException, settings: Iterable[str], groups: dict[str, list
         full = re.search(r"full_key: (\S+)", text)
         name = full.group(1) if full else found.group(1)
         return f"unknown setting {name!r}" + did_you_mean(name, [*settings, *groups], "--cfg job prints every setting")
-    if found := re.search(r"Could not find '([^']+)'", text):
-        group, _, choice = found.group(1).rpartition("/")
+    if found := re.search(r"(?:In '([^']+)': )?Could not (?:find|load) '([^']+)'", text):
+        group, _, choice = found.group(2).rpartition("/")
         if group in groups:
-            return f"no {group}={choice}{did_you_mean(choice, groups[group])}" + f" (there are: {', '.join(groups[group])})"
-        return f"{text.splitlines()[0].rstrip()}; its 'defaults' list names files of configs/ and recipes/, or beside the recipe"
+            return f"no {group}={choice}{did_you_mean(choice, groups[group])} (there are: {listing(groups[group])})"
+        near = did_you_mean(found.group(2), ["train", *recipes], "it lists train, recipes, and files beside the recipe")
+        return f"the 'defaults' of {found.group(1) or 'the recipe'} name {found.group(2)!r}, which does not exist{near}"
     if found := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         return f"no group {found.group(1)!r}" + did_you_mean(found.group(1), groups, f"there are: {', '.join(groups)}")
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):

@@ -9,7 +9,6 @@ import collections.abc
 import dataclasses
 import importlib
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -100,7 +99,7 @@ def arguments(thing: Any, given: Mapping[str, Any], path: str, *, complete: bool
 def _hints(thing: Any) -> dict[str, Any]:
     source = thing if dataclasses.is_dataclass(thing) or not inspect.isclass(thing) else thing.__init__
     try:
-        return typing.get_type_hints(source, vars(sys.modules.get(getattr(thing, "__module__", ""), types)))
+        return typing.get_type_hints(source)
     except Exception:  # annotations that cannot be resolved here are not checked
         return {}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posttrain import help as pages
 from posttrain.config import ConfigError
-from posttrain.messages import did_you_mean
+from posttrain.messages import did_you_mean, listing
 from posttrain.paths import CONFIGS, RECIPES
 
 OPEN = ("reward.fn.", "reward.weights.", "reward.combine.", "loss.", "advantage.", "data.train.", "data.eval.", "data.demos.", "model.tiny.")
@@ -38,12 +38,12 @@ class Words:
             elif arg.startswith("recipe="):
                 self.recipe = recipe_path(arg.removeprefix("recipe="))
             elif found := re.match(r"(\+{0,2})stages\.([^.=]+)\.(.+)", arg):
-                self.stages.setdefault(found.group(2), []).append(open_map(found.group(1) + found.group(3)))
+                self.stages.setdefault(found.group(2), []).append(_chosen(open_map(found.group(1) + found.group(3))))
             elif "=" not in arg and not arg.startswith("~"):
                 hint = f"recipe={arg}" if arg in pages.recipes() else "key=value (a recipe is chosen with recipe=NAME)"
                 raise ConfigError(f"{arg!r} is not a setting; write {hint}")
             else:
-                self.overrides.append(open_map(arg))
+                self.overrides.append(_chosen(open_map(arg)))
 
     def _flag(self, arg: str, rest: list[str]) -> None:
         """One flag, with the word after it when it takes one."""
@@ -97,6 +97,15 @@ class Words:
 def open_map(override: str) -> str:
     """Add ``++`` where a map is open to new keys."""
     return f"++{override}" if override.startswith(OPEN) else override
+
+
+def _chosen(override: str) -> str:
+    """Refuse a group that is set like a single setting: ``learner=3``."""
+    key, _, value = override.partition("=")
+    group, groups = key.lstrip("+"), pages.groups()
+    if group in groups and (value in ("null", "true", "false") or not re.fullmatch(r"[A-Za-z_][\w/.,() -]*", value)):
+        raise ConfigError(f"{override}: {group} is a group of settings; choose {group}=NAME ({listing(groups[group])}), or set {group}.KEY=VALUE")
+    return override
 
 
 def recipe_path(name: str) -> Path:
