@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.conftest import SMALL, train
+from tests.recipes.conftest import SMALL, start, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -35,7 +35,8 @@ def test_learning_from_files(recipe: str, gsm8k: dict[str, str], tmp_path: Path)
 @pytest.mark.vllm
 def test_grpo_on_gsm8k(gsm8k: dict[str, str], tmp_path: Path) -> None:
     words = ["recipe=gsm8k_grpo", *SMALL, *SHORT, *LIMITS, "steps=2", "rollout.n=2", "eval.at_end=true", "check.weights_moved=false"]
-    run = train(tmp_path, *words, env=gsm8k)
+    run = train(tmp_path, *words, "tracking.tensorboard=true", "tracking.wandb=true", env={**gsm8k, "WANDB_MODE": "offline"})
+    assert list(tmp_path.rglob("events.out.tfevents.*")) and list(tmp_path.rglob("*.wandb"))
     assert run.summary["exit"] == "finished" and run.summary["accuracy"][-1]["n"] == 4
     assert [row["reward/mean"] for row in run.rows] == [0.0, 0.0], "random answers are wrong, and wrong is a score"
     assert run.rows[0]["mismatch/mean_abs"] < 1e-4
@@ -73,3 +74,12 @@ def test_demonstrations_beside_rollouts_in_bfloat16(tmp_path: Path) -> None:
     run = train(tmp_path, *WORLD, *words, *demos, "check.weights_moved=false")
     assert run.rows[-1]["demos/tokens"] > 0 and run.rows[-1]["rollouts/tokens"] > 0
     assert run.rows[0]["mismatch/mean_abs"] < 0.05
+
+
+@pytest.mark.vllm
+def test_a_run_stops_when_engine_and_learner_disagree(tmp_path: Path) -> None:
+    """No two programs agree to 1e-12 in float32: with that tolerance every run must stop before it learns, and say by how much."""
+    process = start(*WORLD, "steps=2", "check.mismatch=1e-12", f"run_dir={tmp_path}")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode != 0 and "differ by" in output and "rollout.dtype" in output and "Traceback" not in output
+    assert not (tmp_path / "export").exists() and "differ by" in json.loads((tmp_path / "summary.json").read_text())["exit"]

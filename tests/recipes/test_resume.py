@@ -79,3 +79,12 @@ def test_a_run_that_is_asked_to_stop_says_so_and_leaves_nothing(tmp_path: Path) 
     mark = interrupted(tmp_path / "run", 1, signal.SIGTERM)
     assert not gone(mark)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exit"].startswith("Terminated")
+
+
+def test_a_finished_run_goes_on_for_more_steps(tmp_path: Path) -> None:
+    """The command that the closing lines suggest."""
+    words = ["recipe=sft", *SMALL, "data.train={_target_: posttrain.data.worlds.composition.Composition, split: train, num: 64, seed: 0}", "learner.warmup_steps=0"]
+    first = train(tmp_path / "run", *words, "steps=2")
+    assert f"run_dir={tmp_path / 'run'} resume=auto steps=4" in first.output
+    second = train(tmp_path / "run", *words, "resume=auto", "steps=4")
+    assert [row["step"] for row in second.rows] == [1, 2, 3, 4] and second.summary["stages"]["train"]["steps"] == 4
