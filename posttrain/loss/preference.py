@@ -20,13 +20,21 @@ def sequence_score(view: TokenView, score: str, to: str, factor: Tensor | None =
 
 
 def pair_difference(view: TokenView, per_sequence: Tensor) -> Tensor:
-    """Chosen minus rejected, on both sides of every pair of the stream, ``[S]``; 0 outside pairs."""
+    """Chosen minus rejected, on both sides of every pair of the stream, ``[S]``; 0 outside pairs.  Raises ``FloatingPointError`` naming the
+    sample where it is not a number: both sides are infinite."""
     has = view.in_pair
     codes = torch.where(has, view.batch.pair, -1)
     signed = torch.where(has, per_sequence * view.batch.side, torch.zeros_like(per_sequence))
     size = int(codes.max()) + 1 if len(codes) and int(codes.max()) >= 0 else 1
     per_pair = torch.zeros(size, dtype=signed.dtype, device=signed.device).index_add(0, codes[has], signed[has])
-    return torch.where(has, per_pair[codes.clamp(min=0)], torch.zeros_like(signed))
+    difference = torch.where(has, per_pair[codes.clamp(min=0)], torch.zeros_like(signed))
+    if bool(torch.isnan(difference).any()):
+        where = int(torch.isnan(difference).nonzero()[0])
+        raise FloatingPointError(
+            f"stream {view.name!r}: the pair of sample {view.batch.sample_ids[where]!r} has no margin, its score here is "
+            f"{float(per_sequence[where]):g}: a log-prob is infinite or missing, so it was recorded under another distribution than is trained"
+        )
+    return difference
 
 
 def require_pairs(view: TokenView, what: str) -> None:
