@@ -34,31 +34,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in args or bool(os.environ.get("POSTTRAIN_TRACEBACK"))
     args = [a for a in args if a != "--traceback"]
-    commands = {"train": _train, "eval": _eval, "export": _export, "explain": _explain, "doctor": _doctor, "preview": _preview}
-    if args[:1] == ["--version"]:
-        print(f"posttrain {importlib.metadata.version('posttrain')}")
-        return
-    wanted = next((a for a in args if a in commands), None)
-    if not args or args[0] == "help" or any(a in ("-h", "--help") for a in args):
-        print(pages.page(wanted))
-        return
-    command, rest = args[0], args[1:]
-    if command not in commands:
-        hint = f"write posttrain train {command}" if "=" in command else f"choose from {', '.join(commands)}"
-        _fail(f"unknown command {command!r}{did_you_mean(command, commands, hint)}")
-    _prepare()
-    code: int | None = 0
+    code = 0
     try:
-        code = commands[command](rest)
+        code = _run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        _fail("interrupted; go on with the same command and resume=auto" if command == "train" else "interrupted", 130)
+        _fail("interrupted" + ("; go on with the same command and resume=auto" if args[:1] == ["train"] else ""), 130)
     except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if traceback:
             raise
         _fail(describe(error), exit_code(error))
-    sys.exit(code or 0)
+    if code:
+        sys.exit(code)
+
+
+def _run(args: list[str]) -> int:
+    commands = {"train": _train, "eval": _eval, "export": _export, "explain": _explain, "doctor": _doctor, "preview": _preview}
+    if args[:1] == ["--version"]:
+        print(f"posttrain {importlib.metadata.version('posttrain')}")
+        return 0
+    if not args or args[0] == "help" or any(a in ("-h", "--help") for a in args):
+        print(pages.page(next((a for a in args if a in commands), None)))
+        return 0
+    command, rest = args[0], args[1:]
+    if command not in commands:
+        hint = f"write posttrain train {command}" if "=" in command else f"choose from {', '.join(commands)}"
+        raise ConfigError(f"unknown command {command!r}{did_you_mean(command, commands, hint)}")
+    _prepare()
+    return commands[command](rest)
 
 
 def _fail(message: str, code: int = 2) -> None:
@@ -280,8 +285,11 @@ def _train(args: list[str]) -> int:
     def job() -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        overrides = list(HydraConfig.get().overrides.task)
-        own = words.of_job(overrides) if words.many else words
+        hydra = HydraConfig.get()
+        own = words.of_job(list(hydra.overrides.task)) if words.many else words
+        if words.many:
+            same = {w.lower() for w in words.again}
+            print(f"run {hydra.job.num + 1}: {' '.join(w for w in own.again if w.lower() not in same)}", flush=True)
         command = ["posttrain", "train", *(args if not words.many else own.again)]
         try:
             _launch(own, command)
@@ -327,7 +335,8 @@ def _through_hydra(words: Words, job: Any) -> None:
     import hydra
 
     _set_search_path(words.recipe, words.folders)
-    own = [w for w in ("hydra/job_logging=stdout", "hydra.sweep.dir=runs") if not any(o.startswith(w.partition("=")[0]) for o in words.overrides)]
+    own = ("hydra/job_logging=stdout", "hydra/hydra_logging=none", "hydra.sweep.dir=runs")
+    own = tuple(w for w in own if not any(o.startswith(w.partition("=")[0]) for o in words.overrides))
     before, environment = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["posttrain", *words.flags, *own, *(words.through_hydra() if words.many else words.overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"

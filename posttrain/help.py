@@ -41,7 +41,7 @@ PAGES = {
     "train": """\
 posttrain train [recipe=NAME] [words]
 
-  posttrain train recipe=quickstart                                 a small model learns on this machine, about five minutes
+  posttrain train recipe=quickstart                                 a small model learns on this machine, about four minutes
   posttrain train recipe=sft model.path=FOLDER data.train.path=my.jsonl
   posttrain train recipe=gsm8k_grpo model.path=FOLDER loss=dapo rollout.n=16
   posttrain train recipe=quickstart stages.grpo.steps=200           one stage's setting
@@ -116,10 +116,10 @@ def page(command: str | None = None) -> str:
         lines += [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
         lines += ["", "examples"]
         lines += [
-            "  posttrain train recipe=quickstart                    a small model learns on this machine, about five minutes",
+            "  posttrain train recipe=quickstart                     a small model learns on this machine, about four minutes",
             "  posttrain doctor recipe=gsm8k_grpo model.path=FOLDER  what would go wrong with your model, before it does",
-            "  posttrain train recipe=gsm8k_grpo model.path=FOLDER  and then the run",
-            "  posttrain explain loss=dapo                          an objective as an equation",
+            "  posttrain train recipe=gsm8k_grpo model.path=FOLDER   and then the run",
+            "  posttrain explain loss=dapo                           an objective as an equation",
         ]
     else:
         lines = [COMMANDS[command], "", *PAGES[command].rstrip().split("\n")]
