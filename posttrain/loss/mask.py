@@ -276,6 +276,40 @@ class Reject(_Ratio):
 
 
 @dataclass(frozen=True)
+class ProbabilityBand:
+    """Keep the tokens whose probability lies in a range.
+
+    Equation: ``[min <= p <= max]``.
+    Source: the thresholded objectives of arXiv 2510.00526.
+
+    ``min``, ``max``: bounds on the current probability, numbers or schedules; 0 and 1 switch a side off.
+
+    Wrong when: the objective it comes from is a mean over the survivors: set ``aggregation.denominator=kept``, else a mask that keeps a tenth of
+    the tokens also makes the step ten times smaller.
+    """
+
+    min: Scalar = 0.0
+    max: Scalar = 1.0
+    live = True
+
+    def __post_init__(self) -> None:
+        for name in ("min", "max"):
+            value = getattr(self, name)
+            if not callable(value) and not 0 <= value <= 1:
+                raise ValueError(f"mask.ProbabilityBand: {name}={value} is a probability, between 0 and 1")
+        if not callable(self.min) and not callable(self.max) and self.min > self.max:
+            raise ValueError(f"mask.ProbabilityBand: min={self.min} is above max={self.max}: nothing would be kept")
+
+    @property
+    def formula(self) -> str:
+        return f"keep(p in [{number(self.min)}, {number(self.max)}])"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        p = torch.exp(view.logp)
+        return ((p >= view.at(self.min)) & (p <= view.at(self.max))).to(view.logp.dtype)
+
+
+@dataclass(frozen=True)
 class DropTruncated:
     """Drop whole answers that did not end by themselves.
 
@@ -334,7 +368,7 @@ class SoftGate(_Ratio):
 
     def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
         d = self.log_ratio(view)
-        tau = torch.where(advantage > 0, view.at(self.tau_pos), view.at(self.tau_neg)).to(d.dtype)
+        tau = torch.where(advantage > 0, torch.full_like(d, view.at(self.tau_pos)), view.at(self.tau_neg))
         x = tau * torch.expm1(d)
         return math.log(4.0) + logsigmoid(x) + logsigmoid(-x)
 
@@ -422,7 +456,8 @@ def _bernoulli(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL from ``(q, 1 - q)`` to ``(p, 1 - p)``; the rest terms carry a guard, so that ``p = 1`` is large and not infinite."""
     p, q = torch.exp(log_p), torch.exp(log_q)
     own = torch.where(q > 0, q * (log_q - log_p), torch.zeros_like(q))
-    return own + (1 - q) * (torch.log(1 - q + 1e-8) - torch.log(1 - p + 1e-8))
+    rest_p, rest_q = (1 - p).clamp(min=0), (1 - q).clamp(min=0)
+    return own + rest_q * (torch.log(rest_q + 1e-8) - torch.log(rest_p + 1e-8))
 
 
 @dataclass(frozen=True)

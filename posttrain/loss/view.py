@@ -95,9 +95,9 @@ class TokenView:
         raise ValueError(f"unknown ratio level {level!r}; choose from {', '.join(LEVELS)}")
 
     def require_whole(self, what: str) -> None:
-        """Raise ``ValueError`` unless this view holds the whole optimizer step: for terms that count over the batch."""
+        """Raise ``ValueError`` unless this view holds the whole optimizer step, or none of its tokens: for terms that count over the batch."""
         here = (int(self.on.sum()), int(self.member.sum()))
-        if here != (self.totals.tokens, self.totals.sequences):
+        if here[0] and here != (self.totals.tokens, self.totals.sequences):
             raise ValueError(
                 f"stream {self.name!r}: {what} must see the whole optimizer step, but this batch has {here[0]} of {self.totals.tokens} "
                 f"tokens; "
