@@ -158,23 +158,24 @@ def prepare_model(config: RunConfig, scratch: Path, start_from: str | None) -> t
 
 
 def _check_teacher(config: RunConfig, tokenizer: Any) -> None:
-    """A teacher scores the policy's tokens, so a token must be the same to both."""
+    """A teacher, or a base of its own, scores the policy's tokens, so a token must be the same to both."""
     from transformers import AutoTokenizer
 
-    path = config.model.teacher
-    if path is None:
-        return
-    try:
-        theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:
-        raise ConfigError(f"model.teacher={path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
-    own, other = tokenizer.get_vocab(), theirs.get_vocab()
-    if own != other:
-        different = sorted({t for t in own.keys() | other.keys() if own.get(t) != other.get(t)})
-        raise ConfigError(
-            f"model.teacher={path} and {config.model.path} disagree on {len(different)} tokens, first {different[0]!r} "
-            f"({own.get(different[0])} here, {other.get(different[0])} there); a teacher must share the tokenizer"
-        )
+    for name in ("teacher", "base"):
+        path = getattr(config.model, name)
+        if path is None:
+            continue
+        try:
+            theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        except Exception as error:
+            raise ConfigError(f"model.{name}={path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
+        own, other = tokenizer.get_vocab(), theirs.get_vocab()
+        if own != other:
+            different = sorted({t for t in own.keys() | other.keys() if own.get(t) != other.get(t)})
+            raise ConfigError(
+                f"model.{name}={path} and {config.model.path} disagree on {len(different)} tokens, first {different[0]!r} "
+                f"({own.get(different[0])} here, {other.get(different[0])} there); a {name} must share the tokenizer"
+            )
 
 
 def load_stage_data(config: RunConfig, tokenizer: Any) -> tuple[list[Any], Any, list[Any], list[Any]]:
@@ -368,13 +369,23 @@ async def open_stage(
         held_out = HeldOut(config.eval, pool, rewards, evaluation, sampling_of(config, evaluation=True), config.steps, console.message)
         publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
         packer = Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch)
-        learn = Learn(config.loss, packer, learner, config.seed, _tolerance(config), separate_demos=getattr(gate.gate, "separate_step", False))
+        learn = Learn(
+            config.loss,
+            packer,
+            learner,
+            config.seed,
+            _tolerance(config),
+            separate_demos=getattr(gate.gate, "separate_step", False),
+            base_every=config.learner.base_every,
+            base_mix=config.learner.base_mix,
+        )
         canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1)
         reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
         if found:
             remembered = checkpoint.read_controller(found[1])
             rollout.load(remembered["rollout"])
             gate.load(remembered["gate"])
+            learn.load(remembered.get("learn", {"memory": {}}))
             reporter.alarms.load_state_dict(remembered["alarms"])
             canaries.moved = True
             if pool:
@@ -394,7 +405,7 @@ async def open_stage(
             checkpoint=checkpoint.Checkpointer(
                 checkpoints,
                 learner,
-                lambda: {"gate": gate.state, "alarms": reporter.alarms.state_dict()},
+                lambda: {"gate": gate.state, "learn": learn.state, "alarms": reporter.alarms.state_dict()},
                 config.checkpoint.every,
                 config.checkpoint.keep,
                 config.steps,

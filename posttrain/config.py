@@ -35,7 +35,8 @@ class LoraConfig:
 class ModelConfig:
     """``path``: a Hugging Face folder or id.  ``init=random`` keeps the architecture and draws new weights.  ``tiny`` describes a model that
     is created on the spot (architecture and alphabet), used when ``path`` is null.  ``teacher``: a folder or id of the frozen model that losses
-    with a ``teacher`` compare with; it must share the tokenizer."""
+    with a ``teacher`` compare with; it must share the tokenizer.  ``base``: a folder or id of the frozen model that losses with a ``base``
+    compare with; null is where the policy starts."""
 
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -47,6 +48,7 @@ class ModelConfig:
     chat_template: str | None = None
     tiny: dict[str, Any] | None = None
     teacher: str | None = None
+    base: str | None = None
 
 
 @dataclass
@@ -120,7 +122,8 @@ class MixtureConfig:
 @dataclass
 class LearnerConfig:
     """The optimizer and how the batch is cut.  ``updates_per_batch`` optimizer steps are taken on each batch of experience;
-    ``micro_batch_tokens`` bounds a packed row.  ``threads`` null shares the machine's cores among the ranks."""
+    ``micro_batch_tokens`` bounds a packed row.  ``threads`` null shares the machine's cores among the ranks.  Every ``base_every`` batches (0:
+    never) the base the loss compares with becomes ``base_mix`` times the policy plus the rest of itself."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 0
@@ -139,6 +142,8 @@ class LearnerConfig:
     head_chunk: int = 1024
     timeout_s: float = 1800.0
     threads: int | None = None
+    base_every: int = 0
+    base_mix: float = 1.0
 
 
 @dataclass
@@ -337,6 +342,14 @@ def check(config: RunConfig) -> None:
         "learner.offload_optimizer needs learner.engine=deepspeed and learner.zero_stage of 1, 2 or 3",
     )
     require(learner.lr >= 0, f"learner.lr={learner.lr} is negative")
+    require(learner.base_every >= 0, f"learner.base_every={learner.base_every} must be at least 0; 0 never moves the base")
+    require(0 < learner.base_mix <= 1, f"learner.base_mix={learner.base_mix} must be above 0 and at most 1; learner.base_every=0 never moves the base")
+    compares = "base" in needs.references or any(column.endswith(":base") for column in needs.columns)
+    require(not learner.base_every or compares, f"learner.base_every={learner.base_every}: loss {config.loss.name!r} compares with no base; set it to 0")
+    require(
+        not learner.base_every or config.model.dtype != "bfloat16" or learner.base_mix >= 1 / 64,
+        f"learner.base_mix={learner.base_mix}: the base is kept in bfloat16, where steps this small are lost to rounding; move it further and less often",
+    )
     require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature}: sampling for training needs a temperature above 0")
     require(rollout.max_staleness == 0, "rollout.max_staleness must be 0: running ahead of the learner is not available yet")
     require(config.steps >= learner.warmup_steps, f"learner.warmup_steps={learner.warmup_steps} exceeds steps={config.steps}")

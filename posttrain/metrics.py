@@ -90,11 +90,17 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/{term}/factor | mean | tokens | factor | mean factor of a mask
         {stream}/{term}/clamped | mean | tokens | share | tokens whose log-ratio was clamped before a KL estimate
         {stream}/reward_kl | mean | answers | nats | estimated KL of a whole answer, where it is part of the reward
-        {stream}/preference_loss | mean | pairs | nats | the published pairwise loss
-        {stream}/accuracy | mean | pairs | share | pairs ranked the right way round
+        {stream}/log_ratio | mean | tokens | nats | log-ratio of two policies that serves as the advantage (teacher over policy: minus the KL)
+        {stream}/log_ratio_clamped | mean | tokens | share | tokens whose log-ratio was clamped before it became an advantage
+        {stream}/preference_loss | mean | pairs | nats | the published preference loss, per pair, list or labelled answer
+        {stream}/accuracy | mean | pairs | share | pairs ranked the right way round, lists whose best is first, answers on their label's side
         {stream}/margin | mean | pairs | reward | implicit reward of the chosen minus that of the rejected
         {stream}/chosen_score | mean | pairs | reward | implicit reward of the chosen answer
         {stream}/rejected_score | mean | pairs | reward | implicit reward of the rejected answer
+        {stream}/good | mean | answers | share | answers labelled good
+        {stream}/good_score | mean | good answers | reward | implicit reward of the answers labelled good
+        {stream}/bad_score | mean | bad answers | reward | implicit reward of the answers labelled bad
+        {stream}/shift | mean | answers | reward | what labelled answers are compared with: the estimated KL, or the running mean
         {stream}/{regularizer} | mean | tokens | nats per token | a regulariser's value: KL to a reference, entropy, ...
     """),
     "Train/rollout mismatch": _family("""
@@ -127,6 +133,7 @@ FAMILIES: dict[str, list[Metric]] = {
         learner/tokens | sum | | tokens | columns seen, prompts included
         learner/time_s | sum | | seconds | time in optimizer steps, forward and backward included
         learner/two_passes | mean | optimizer steps | share | steps whose token weights were formed in a pass of their own
+        learner/base_moved | sum | | moves | times the base the loss compares with was moved towards the policy
     """),
     "Packing and data": _family("""
         pack/tokens | sum | | tokens | columns packed

@@ -10,12 +10,13 @@ Whether one pass is enough or two are needed is decided here, from what the obje
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer, Step
 from posttrain.data.report import Report
 from posttrain.data.rows import to_rows
@@ -37,7 +38,8 @@ def scatter(step: Step, values: Sequence[Tensor]) -> Tensor:
 class Learn:
     """The learner's side of the loop.  ``learner`` is a group of ranks with ``score`` and ``step``.
 
-    ``separate_demos``: demonstrations get one optimizer step of their own, after those of everything else.
+    ``separate_demos``: demonstrations get one optimizer step of their own, after those of everything else.  ``memory`` holds what the loss's
+    terms carry from step to step; ``base_every`` and ``base_mix`` move the frozen start every so many batches (0: never).
     """
 
     objective: Objective
@@ -47,6 +49,16 @@ class Learn:
     tolerance: float | None = None
     checked: bool = False
     separate_demos: bool = False
+    base_every: int = 0
+    base_mix: float = 1.0
+    memory: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"memory": dict(self.memory)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.memory = dict(state["memory"])
 
     async def learn(self, step: int, items: Sequence[Any], progress: float) -> Accumulator:
         """Take every optimizer step this batch is worth.  Returns the metrics of all of them.
@@ -56,7 +68,7 @@ class Learn:
         needs = self.objective.needs
         counted = Report("packed")
         first, second = self._parts(items)
-        rows, later = to_rows(first, counted), to_rows(second, counted)
+        rows, later = (with_contexts(kept, needs.contexts) if (kept := to_rows(part, counted)) else [] for part in (first, second))
         totals = Accumulator()
         totals.add({f"data/dropped/{reason}": (float(n), 0.0) for reason, n in counted.dropped.items()})
         if not rows and not later:
@@ -68,7 +80,7 @@ class Learn:
         await self._agreement(plan[0])
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
-            whole = one.whole.replace(totals=self.objective.totals(one.whole))
+            whole = one.whole.replace(totals=self.objective.totals(one.whole), memory=self.memory)
             weights, overall, current = None, {}, None
             if "entropy" in needs.references:
                 current, entropy = await self._certainty(one, whole)
@@ -76,6 +88,10 @@ class Learn:
             if needs.keep_whole and (one.cut or needs.coupling == "batch"):
                 current = await self._score(one, whole, "current") if current is None else current
                 weights, overall = self.objective.weigh(whole.replace(fresh=False) if "old" in whole.logps else whole, current)
+            if self.objective.remembers:
+                self.memory = self.objective.remember(whole, await self._score(one, whole, "current") if current is None else current)
+            if weights is not None and needs.contexts:
+                one = one.only({stream.context for stream in self.objective.streams.values()})
             micro = one.micro_batches(whole)
             sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
             report = await self.learner.step(micro, sliced)
@@ -83,6 +99,9 @@ class Learn:
             totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
             totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
+        if self.base_every and (step + 1) % self.base_every == 0:
+            await self.learner.move_base(self.base_mix)
+            totals.add({"learner/base_moved": (1.0, 0.0)})
         return totals
 
     def _parts(self, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -54,6 +54,12 @@ class Step:
     def num_micro_batches(self) -> int:
         """Micro-batches per rank."""
         return len(self.ranks[0])
+
+    def only(self, contexts: Collection[str]) -> Step:
+        """The same step without the sequences scored under another context than these: what has been read need not be learnt from."""
+        named = self.whole.contexts
+        ranks = tuple(tuple(tuple(i for i in part if named[i] in contexts) for part in rank) for rank in self.ranks)
+        return replace(self, ranks=ranks)
 
     def parts(self) -> Iterator[Indices]:
         """Sequence indices of all micro-batches, rank by rank within each round: item ``i`` belongs to rank ``i % world_size``."""

@@ -152,6 +152,11 @@ class LearnerActor:
         self._now("idle")
         return result
 
+    def move_base(self, mix: float) -> None:
+        self._now("moving the base")
+        self.engine.move_base(mix)
+        self._now("idle")
+
     def save(self, path: str) -> None:
         self._now(f"saving to {path}")
         self.engine.save(path)
@@ -280,6 +285,10 @@ class LearnerGroup:
         refs, fingerprint = (await self._gather(f"publishing version {version}", calls))[0]
         self.version = version
         return refs, fingerprint
+
+    async def move_base(self, mix: float) -> None:
+        """On every rank ``base <- mix * policy + (1 - mix) * base``."""
+        await self._all("moving the base", "move_base", mix)
 
     async def save(self, path: str) -> None:
         """Every rank writes its file into the folder ``path``."""

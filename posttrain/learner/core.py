@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -36,15 +37,53 @@ class Core:
         self._model_cfg, self._seed = model_cfg, seed
         self._base: PolicyModule | None = None
         self._teacher: PolicyModule | None = None
+        self._base_moved = False
 
     @property
     def base(self) -> PolicyModule | None:
-        """The frozen start, None when switching adapters off gives it.  Loaded on first use; every rank holds a whole copy."""
-        if is_lora(self.module.model):
+        """The frozen start, or the model at ``model.base``; None when switching adapters off gives it.  Loaded on first use; every rank holds
+        a whole copy."""
+        if is_lora(self.module.model) and self._base is None and self._model_cfg.base is None:
             return None
+        return self._own_base()
+
+    def _own_base(self) -> PolicyModule:
         if self._base is None:
-            self._base = self._load(self._model_cfg)
+            cfg = replace(self._model_cfg, lora=None)
+            self._base = self._load(cfg if cfg.base is None else replace(cfg, path=cfg.base, init="pretrained"))
+            self._same_vocabulary(self._base, f"model.base={cfg.base}")
         return self._base
+
+    @torch.no_grad()
+    def move_base(self, weights: Iterable[tuple[str, Tensor]], mix: float) -> None:
+        """``base <- mix * policy + (1 - mix) * base``, tensor by tensor; ``weights`` are the policy's under their Hugging Face names.
+
+        The sum is formed in float32 and kept in the model's dtype.  Every rank must call it.
+        """
+        if not 0.0 <= mix <= 1.0:
+            raise ValueError(f"learner.base_mix={mix} is the policy's share in the new base, between 0 and 1")
+        own = dict(plain(self._own_base().model).named_parameters())
+        for name, tensor in weights:
+            target = own[name]
+            wide = torch.float32 if target.dtype.itemsize < 4 else target.dtype
+            target.copy_(target.to(wide).lerp(tensor.to(target.device, wide), mix) if mix < 1.0 else tensor)
+        self._base_moved = True
+
+    def base_state(self) -> dict[str, Tensor] | None:
+        """The base's weights for a checkpoint, None while it is what was loaded."""
+        if not self._base_moved or self._base is None:
+            return None
+        return {name: p.detach().cpu() for name, p in plain(self._base.model).named_parameters()}
+
+    @torch.no_grad()
+    def load_base_state(self, saved: dict[str, Tensor] | None) -> None:
+        """Put back what :meth:`base_state` gave."""
+        if saved is None:
+            self._base, self._base_moved = None, False
+            return
+        for name, parameter in plain(self._own_base().model).named_parameters():
+            parameter.copy_(saved[name])
+        self._base_moved = True
 
     @property
     def teacher(self) -> PolicyModule:
@@ -55,11 +94,14 @@ class Core:
             if path is None:
                 raise ValueError("the objective compares with a teacher, but model.teacher is not set; give model.teacher=FOLDER_OR_ID")
             found = self._load(replace(self._model_cfg, path=path, init="pretrained", lora=None))
-            own, theirs = (plain(m.model).config.get_text_config().vocab_size for m in (self.module, found))
-            if own != theirs:
-                raise ValueError(f"model.teacher={path} has a vocabulary of {theirs} tokens and the policy one of {own}; they must be the same")
+            self._same_vocabulary(found, f"model.teacher={path}")
             self._teacher = found
         return self._teacher
+
+    def _same_vocabulary(self, found: PolicyModule, what: str) -> None:
+        own, theirs = (plain(m.model).config.get_text_config().vocab_size for m in (self.module, found))
+        if own != theirs:
+            raise ValueError(f"{what} has a vocabulary of {theirs} tokens and the policy one of {own}; they must be the same")
 
     def _load(self, cfg: Any) -> PolicyModule:
         return PolicyModule(load_model(cfg, seed=self._seed, train=False).to(self.device), self.module.chunk).eval()

@@ -201,6 +201,10 @@ class DeepSpeedEngine:
         """A Hugging Face folder, written by rank 0; all ranks call it."""
         export(self.module.model, self.model_cfg, path, write=self.rank == 0, gather=self._gather)
 
+    def move_base(self, mix: float) -> None:
+        """The frozen start takes a step towards the policy: ``base <- mix * policy + (1 - mix) * base``.  All ranks call it."""
+        self.core.move_base(self.state(), mix)
+
     # -- checkpoint ----------------------------------------------------------------------------------------------------
     def _meta(self) -> dict[str, Any]:
         return {
@@ -214,13 +218,15 @@ class DeepSpeedEngine:
     def save(self, path: str | Path) -> None:
         """This rank's float32 partition, optimizer state, step and random state."""
         tensors = checkpoint.pack(self._pieces(), self.optimizer) if self.stage or self.rank == 0 else {}
-        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors})
+        base = self.core.base_state() if self.rank == 0 else None
+        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors, "base": base})
 
     def load(self, path: str | Path) -> None:
         """Continue from :meth:`save`, bit for bit.  Raises ``ValueError`` when it was written under other settings."""
         found = checkpoint.read(path, self.rank, self._meta())
         own = found if self.stage or self.rank == 0 else checkpoint.read(path, 0, self._meta())
         checkpoint.unpack(own["tensors"], self._pieces(), self.optimizer)
+        self.core.load_base_state((found if self.rank == 0 else checkpoint.read(path, 0, self._meta())).get("base"))
         self._refresh_model()
         self.steps_taken = found["steps_taken"]
         checkpoint.restore_rng(found)

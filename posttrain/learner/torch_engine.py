@@ -121,6 +121,10 @@ class TorchEngine:
         """A Hugging Face folder, written by rank 0."""
         export(self.module.model, self.model_cfg, path, write=self.rank == 0)
 
+    def move_base(self, mix: float) -> None:
+        """The frozen start takes a step towards the policy: ``base <- mix * policy + (1 - mix) * base``.  All ranks call it."""
+        self.core.move_base(self.state(), mix)
+
     # -- checkpoint ----------------------------------------------------------------------------------------------------
     def _meta(self) -> dict[str, Any]:
         return {"engine": "torch", "world_size": self.world_size, "zero_stage": 0, "offload": False, "dtype": self.model_cfg.dtype}
@@ -130,13 +134,15 @@ class TorchEngine:
         tensors = {}
         if self.rank == 0:
             tensors = checkpoint.pack(list(self._masters()), self.optimizer)
-        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors})
+        base = self.core.base_state() if self.rank == 0 else None
+        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors, "base": base})
 
     def load(self, path: str | Path) -> None:
         """Continue from :meth:`save`.  Raises ``ValueError`` naming what differs when the checkpoint was written under other settings."""
         found = checkpoint.read(path, self.rank, self._meta())
         shared = found if self.rank == 0 else checkpoint.read(path, 0, self._meta())
         checkpoint.unpack(shared["tensors"], list(self._masters()), self.optimizer)
+        self.core.load_base_state(shared.get("base"))
         with torch.no_grad():
             for parameter, master in self.master.items():
                 if parameter is not master:
