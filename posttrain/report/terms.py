@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pkgutil
 import re
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from posttrain import contrib
 from posttrain.advantage import group, pick, step
 from posttrain.loss import Objective, advantage, aggregate, likelihood, load, mask, reference, regularizer
 from posttrain.paths import CONFIGS
@@ -26,6 +29,10 @@ CHAPTERS: tuple[tuple[str, ModuleType], ...] = (
     ("Advantages from rewards", group),
     ("Advantages over the whole step", step),
     ("Advantages of singled-out samples", pick),
+)
+CHAPTERS += tuple(
+    (f"Contributed: {found.name.replace('_', ' ')}", import_module(f"posttrain.contrib.{found.name}"))
+    for found in pkgutil.iter_modules(contrib.__path__)
 )
 
 HEAD = """\

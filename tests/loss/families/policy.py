@@ -282,6 +282,47 @@ def top_entropy(seqs: Seqs, share: float = 0.2, kept: bool = False) -> Tensor:
     return total(out) / (len(chosen) if kept else len(tokens))
 
 
+def covariances(seqs: Seqs) -> dict[tuple[int, int], float]:
+    tokens = tokens_of(seqs)
+    a = {(id(s), t): advantage_norm(seqs, s) for s, t in tokens}
+    logp = {(id(s), t): float(s["l"][t]) for s, t in tokens}
+    mean_a, mean_l = sum(a.values()) / len(a), sum(logp.values()) / len(a)
+    return {k: (a[k] - mean_a) * (logp[k] - mean_l) for k in a}
+
+
+def clip_cov(seqs: Seqs, low: float = 0.3, high: float = 5.0, share: float = 1.0) -> Tensor:
+    """With a share of 1 every token of the window is dropped, so no draw is needed; tokens the clip dropped cannot be drawn."""
+    cov = covariances(seqs)
+    out = [surrogate(s, t, advantage_norm(seqs, s)) for s, t in tokens_of(seqs) if not (share and low < cov[id(s), t] < high)]
+    return total(out) / len(cov)
+
+
+def kl_cov(seqs: Seqs, coef: float = 1.0, share: float = 2e-4) -> Tensor:
+    cov = covariances(seqs)
+    top = sorted(cov, key=lambda k: -cov[k])[: max(1, int(share * len(cov)))]
+    out = []
+    for s, t in tokens_of(seqs):
+        out.append(r(s, t) * advantage_norm(seqs, s))
+        if (id(s), t) in top:
+            out.append(-coef * (s["l"][t] - s["old"][t]).abs())
+    return total(out) / len(cov)
+
+
+def fipo(seqs: Seqs, half_life: float = 32.0, low: float = 1.0, ignore: float = 10.0, spare: float = 4.0) -> Tensor:
+    out = []
+    for s in of(seqs, "policy"):
+        a, tokens = advantage_norm(seqs, s), learnt(s, "policy")
+        for i, t in enumerate(tokens):
+            later = [(j, float(s["l"][u]) - s["old"][u]) for j, u in enumerate(tokens[i:])]
+            factor = min(max(math.exp(sum(0.5 ** (j / half_life) * d for j, d in later if d <= math.log(ignore))), low), 1.2)
+            if a < 0 and float(r(s, t)) > spare:
+                factor = min(max(factor, 0.8), 1.0)
+            term = surrogate(s, t, a, 0.2, 0.28)
+            term = torch.maximum(term, torch.tensor(10.0 * a, dtype=torch.float64)) if a < 0 else term
+            out.append(factor * term)
+    return total(out) / len(out)
+
+
 # -- entropy -----------------------------------------------------------------------------------------------------------------------
 def entropy(seqs: Seqs) -> Tensor:
     return total([-(s["rows"][t].exp() * s["rows"][t]).sum() for s, t in tokens_of(seqs)]) / len(tokens_of(seqs))
@@ -312,6 +353,7 @@ def chain(**steps: Estimator) -> Estimator:
     return Chain(steps).__call__
 
 
+COV = f"{MASKS}.covariance"
 RETURNS = "streams.rollouts.advantage.inner.gamma=0.9"
 CASES: dict[str, Case] = {
     "remax": Case("remax", remax, with_greedy, wrong=(lambda s: remax(s, baseline=False), lambda s: remax(s, coef=-0.1))),
@@ -402,6 +444,21 @@ CASES: dict[str, Case] = {
         ("streams.rollouts.aggregation.denominator=kept", f"{MASKS}.clip=null", f"{MASKS}.dual=null"),
         (top_entropy,),
         spread=0.01,
+    ),
+    "clip_cov": Case(
+        "clip_cov", clip_cov, NORM, (f"{COV}.share=1.0", f"{COV}.low=0.3"), (lambda s: clip_cov(s, share=0.0), lambda s: clip_cov(s, 0.0))
+    ),
+    "clip_cov without a window is PPO": Case(
+        "clip_cov", lambda s: clipped(s, advantage_norm), NORM, (f"{COV}.low=90.0", f"{COV}.high=91.0"), (lambda s: clip_cov(s, share=1.0),)
+    ),
+    "kl_cov": Case("kl_cov", kl_cov, NORM, wrong=(lambda s: kl_cov(s, -1.0), lambda s: kl_cov(s, share=0.5))),
+    "fipo": Case("fipo", fipo, NORM, wrong=(naive.dapo, lambda s: fipo(s, 1.0)), spread=0.1),
+    "fipo, both ways and with its guards": Case(
+        "fipo",
+        lambda s: fipo(s, 2.0, 0.8, 1.2, 1.05),
+        NORM,
+        (f"{MASKS}.future.half_life=2.0", f"{MASKS}.future.low=0.8", f"{MASKS}.future.ignore=1.2", f"{MASKS}.future.spare=1.05"),
+        (lambda s: fipo(s, 2.0, 0.8), lambda s: fipo(s, 2.0, 0.8, 1.2), lambda s: fipo(s, 2.0, 1.0, 1.2, 1.05)),
     ),
     "entropy_min": Case("entropy_min", lambda s: -entropy(s), wrong=(entropy, sampled_entropy)),
     "dapo with entropy": Case("dapo", dapo_with_entropy, NORM, (ENTROPY,), (naive.dapo, lambda s: dapo_with_entropy(s, -1.0))),

@@ -1,0 +1,62 @@
+"""Every term of posttrain.contrib satisfies the same contract as those of posttrain.loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from posttrain import contrib
+from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
+from posttrain.contrib.future import FutureRatio
+from posttrain.loss import aggregate, mask
+from posttrain.mixture.schedule import Linear
+from posttrain.testing.check import check_term
+
+MODULES = [import_module(f"posttrain.contrib.{found.name}") for found in pkgutil.iter_modules(contrib.__path__)]
+TERMS = {
+    f"{module.__name__.rsplit('.', 1)[1]}.{name}": cls
+    for module in MODULES
+    for name, cls in vars(module).items()
+    if inspect.isclass(cls) and cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and not name.startswith("_")
+}
+# Settings from which every field of a class can be seen to act, and values for fields that cannot be guessed from their type.
+VARIANTS: dict[str, list[Any]] = {
+    "covariance.CovarianceDrop": [
+        CovarianceDrop(0.3, -5.0, 5.0),
+        CovarianceDrop(0.3, -1.0, Linear(0.5, 1.0), clip=mask.RatioClip(0.01, 0.01)),
+    ],
+    "covariance.CovariancePenalty": [CovariancePenalty(0.5, 0.2, "behaviour"), CovariancePenalty(0.5, Linear(0.5, 1.0))],
+    "future.FutureRatio": [FutureRatio(2.0, 0.5, 3.0, 1.1, 1.05), FutureRatio(1.0, 0.8, Linear(1.0, 1.5), to="behaviour")],
+}
+ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "covariance.CovarianceDrop": {"clip": [None, mask.RatioClip(0.01, 0.01)], "seed": [1, 2, 3], "low": [0.0], "high": [0.0, 0.1]},
+    "covariance.CovariancePenalty": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},
+    "future.FutureRatio": {"low": [0.9, 1.05], "high": [1.05], "ignore": [1.0, 1.2], "spare": [1.0], "half_life": [0.5, 64.0]},
+}
+REQUIRED: dict[str, dict[str, Any]] = {}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_term_satisfies_the_contract(name: str) -> None:
+    check_term(TERMS[name](**REQUIRED.get(name, {})), *VARIANTS.get(name, []), alternatives=ALTERNATIVES.get(name))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_term_is_frozen_and_documented(name: str) -> None:
+    cls = TERMS[name]
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    doc = inspect.getdoc(cls) or ""
+    for part in ("Equation:", "Source:", "Wrong when:"):
+        assert part in doc, f"{name}'s docstring has no {part!r}"
+    for field in dataclasses.fields(cls):
+        assert f"``{field.name}``" in doc or f"``{field.name}=" in doc, f"{name}'s docstring does not say what {field.name} does"
+    assert isinstance(cls(**REQUIRED.get(name, {})).formula, str)
+
+
+def test_the_tables_name_terms_there_are() -> None:
+    assert set(VARIANTS) | set(ALTERNATIVES) | set(REQUIRED) <= set(TERMS)
