@@ -7,6 +7,8 @@ prompts    ``prompt`` [``answer``], or ``messages`` (a last assistant turn is le
 demos      ``messages``, or ``prompt`` + ``completion``, or ``text``
 pairs      ``chosen`` + ``rejected``, with ``prompt`` or with the prompt as their common beginning
 all        ``id``, ``tools``, ``system``, ``weight``, ``level``, ``env``, and ``finish`` (``length`` marks a cut-off answer)
+rewards    demos: ``label`` (0 bad to 1 good), ``score``; pairs: ``label`` (how sure that the chosen is better), ``margin``,
+           ``chosen_score``, ``rejected_score``; numbers or booleans, and still in ``meta``
 =========  ==========================================================================================================
 
 Prompts, completions and sides of a pair are strings or lists of messages; lists may also be JSON text, as Parquet files often hold them.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +43,9 @@ NAMES = (
     "env",
     "finish",
 )
+REWARDS = ("label", "score", "margin", "chosen_score", "rejected_score")
+"""Columns of numbers about an answer or a pair; a column of this name that holds something else is not meant, unless ``columns`` says so."""
+
 COMMON = {
     "prompt": ("question", "instruction", "problem", "query", "input"),
     "completion": ("response", "output", "solution", "answer", "target"),
@@ -48,6 +54,9 @@ COMMON = {
     "rejected": ("rejected_response", "dispreferred", "loser"),
     "answer": ("gold", "label", "target", "ground_truth", "solution"),
     "text": ("content", "document"),
+    "label": ("desirable", "is_correct", "correct"),
+    "chosen_score": ("score_chosen", "chosen_rating"),
+    "rejected_score": ("score_rejected", "rejected_rating"),
 }
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 
@@ -62,10 +71,10 @@ class Columns:
     prompt_template: str | None = None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.mapping if name not in NAMES]
+        unknown = [name for name in self.mapping if name not in (*NAMES, *REWARDS)]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], NAMES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known names: {', '.join(NAMES)}"
+            near = difflib.get_close_matches(unknown[0], (*NAMES, *REWARDS), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known names: {', '.join((*NAMES, *REWARDS))}"
             raise DataError(
                 f"columns maps {unknown[0]!r}, which is no column this project reads{hint} (write columns={{our name: your column}})"
             )
@@ -81,7 +90,7 @@ class Columns:
                 raise DataError(f"row {number} has no column {theirs!r} (columns.{ours}={theirs}); it has: {', '.join(map(str, row))}")
         taken = set(self.mapping.values())
         out = {name: row[name] for name in NAMES if name in row and name not in self.mapping and name not in taken}
-        out |= {ours: row[theirs] for ours, theirs in self.mapping.items()}
+        out |= {ours: row[theirs] for ours, theirs in self.mapping.items() if ours not in REWARDS}
         out = {name: value for name, value in out.items() if value is not None}
         for name in ("prompt", "completion", "messages", "chosen", "rejected", "tools"):
             if name in out:
@@ -92,7 +101,21 @@ class Columns:
         if system is not None:
             _put_system(out, system)
         out["meta"] = {k: v for k, v in row.items() if k not in taken and k not in NAMES}
+        if rewards := self._rewards(number, row):
+            out["rewards"] = rewards
         return out
+
+    def _rewards(self, number: int, row: Record) -> dict[str, float]:
+        """The numbers of :data:`REWARDS`.  A column named in the mapping must hold one, a column that happens to have the name need not."""
+        found = {}
+        for name in REWARDS:
+            value, meant = row.get(self.mapping.get(name, name)), name in self.mapping
+            if value is None or not (meant or isinstance(value, (bool, int, float))):
+                continue
+            if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+                raise DataError(f"row {number}: {name} is {value!r} (columns.{name}={self.mapping.get(name, name)}); it must be a finite number")
+            found[name] = float(value)
+        return found
 
     def _fill(self, number: int, row: Record, named: Mapping[str, Any]) -> str:
         assert self.prompt_template is not None

@@ -47,7 +47,8 @@ def to_demos(
         if "text" not in row or "prompt" in row or "messages" in row:
             given = prompt_of(row, number)
             prompt = make_prompt(row_id(row, "prompt", "messages", "tools"), fitted.prompt_ids, given, row)
-        demos.append(Demo(unique(name), fitted.segments(), weight, prompt))
+        rewards = {key: row["rewards"][key] for key in ("label", "score") if key in row.get("rewards", {})}
+        demos.append(Demo(unique(name), fitted.segments(), weight, prompt, rewards))
     if unique.repeated:
         report.events["repeated_ids"] = unique.repeated
     report.check()

@@ -54,7 +54,8 @@ def to_pairs(
         shared = good.prompt_ids[: shared_length(good.prompt_ids, bad.prompt_ids)]
         asked = row_id({**row, "prompt": prompt}, "prompt", "messages", "tools")
         record = make_prompt(asked, shared, prompt, row)
-        pairs.append(Pair(key, *(Demo(f"{key}/{what}", e.segments(), weight, record) for e, what in zip((good, bad), SIDES, strict=True))))
+        sides = zip((good, bad), SIDES, strict=True)
+        pairs.append(Pair(key, *(Demo(f"{key}/{what}", e.segments(), weight, record, rewards_of(row, what)) for e, what in sides)))
     if unique.repeated:
         report.events["repeated_ids"] = unique.repeated
     report.check()
@@ -62,6 +63,17 @@ def to_pairs(
 
 
 SIDES = ("chosen", "rejected")
+
+
+def rewards_of(row: Mapping[str, Any], side: str) -> dict[str, float]:
+    """What is known of one side: its own ``score``, and on the chosen side what is known of the pair (the rejected side has margin 0)."""
+    given = row.get("rewards", {})
+    out = {"score": given[f"{side}_score"]} if f"{side}_score" in given else {}
+    if "margin" in given:
+        out["margin"] = given["margin"] if side == "chosen" else 0.0
+    if "label" in given and side == "chosen":
+        out["label"] = given["label"]
+    return out
 
 
 def split(row: Mapping[str, Any], number: int) -> tuple[Text, Text, Text, bool]:

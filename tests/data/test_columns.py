@@ -119,3 +119,20 @@ def test_gsm8k_pairs():
     assert [r["rejected"] for r in Gsm8kPairs(max_pairs=3, reuse=True)(rows[:1])] == ["b", "c"]
     with pytest.raises(DataError, match="has no solutions"):
         list(Gsm8kPairs()([{"question": "Q"}]))
+
+
+def test_numbers_about_an_answer_become_its_rewards() -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": True, "score": 3, "margin": "large"}]
+    (row,) = Columns().apply(rows)
+    assert row["rewards"] == {"label": 1.0, "score": 3.0}
+    assert row["meta"] == {"label": True, "score": 3, "margin": "large"}
+
+
+def test_a_mapped_reward_must_be_a_number() -> None:
+    (row,) = Columns({"label": "desirable"}).apply([{"prompt": "a", "completion": "b", "desirable": False}])
+    assert row["rewards"] == {"label": 0.0} and row["meta"] == {}
+    for bad in ("yes", float("nan")):
+        with pytest.raises(DataError, match=r"row 0: label is .*columns\.label=desirable.*finite number"):
+            list(Columns({"label": "desirable"}).apply([{"prompt": "a", "desirable": bad}]))
+    with pytest.raises(DataError, match="did you mean 'margin'"):
+        Columns({"margn": "m"})

@@ -240,3 +240,15 @@ def test_tools_column_reaches_the_template(tmp_path):
     assert tokenizer.decode([i for s in demos[0].segments for i in s.ids]).startswith('<|im_start|>system\nTools:\n{"name": "f"}')
     assert learnt(demos[0], tokenizer) == '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call><|im_end|>7<|im_end|>'
     assert any(s.source is Source.tool for s in demos[0].segments)
+
+
+def test_labels_scores_and_margins_reach_the_rows(tiny):
+    demos, _ = load_data("demos", [{"prompt": "a", "completion": "b", "label": False, "score": 2}], tiny)
+    (row,) = to_rows(demos)
+    assert row.rewards == {"label": 0.0, "score": 2.0}
+    given = {"prompt": "a", "chosen": "b", "rejected": "c", "label": 0.8, "strength": 3, "score_chosen": 5, "score_rejected": 1.5}
+    columns = {"margin": "strength", "chosen_score": "score_chosen", "rejected_score": "score_rejected"}
+    pairs, _ = load_data("pairs", {"source": [given], "columns": columns}, tiny)
+    chosen, rejected = to_rows(pairs)
+    assert chosen.rewards == {"score": 5.0, "margin": 3.0, "label": 0.8}
+    assert rejected.rewards == {"score": 1.5, "margin": 0.0}
