@@ -67,6 +67,7 @@ FAMILIES: dict[str, list[Metric]] = {
     "Mixture": _family("""
         mixture/demonstrations | sum | | demonstrations | demonstrations a gate let in beside the groups
         mixture/groups_left_out | sum | | groups | groups a gate left out, demonstrations learnt in their place
+        mixture/pairs | sum | | pairs | preference pairs made of this step's groups
         mixture/injected | sum | | demonstrations | demonstrations inside groups, sharing their baseline
     """),
     "Verifiers": _family("""

@@ -150,6 +150,7 @@ class Demo:
     weight: float = 1.0
     prompt: Prompt | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
+    finish: Finish = "given"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _rollout_row(rollout: Rollout, key: str) -> Row:
 def _demo_row(demo: Demo, pair: str | None = None, side: Literal["chosen", "rejected"] | None = None) -> Row:
     name = demo.id if pair is None else f"{pair}/{side}"
     return Row(
-        **_tokens(demo.segments, name), weight=demo.weight, rewards=demo.rewards, sample_id=name, pair=pair, side=side, finish="given"
+        **_tokens(demo.segments, name), weight=demo.weight, rewards=demo.rewards, sample_id=name, pair=pair, side=side, finish=demo.finish
     )
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from posttrain.mixture.demos import Demos
-from posttrain.records import Demo, Group, Rollout, Segment, Source
+from posttrain.mixture.pairs import PAIRED
+from posttrain.records import Demo, Group, Pair, Rollout, Segment, Source
 
 REPLACED, WAITS = "replaced_by_demonstration", "waits_for_demonstration"
 """Why a gate left a group out, for the counts; the rewards of such a group stay in the report."""
@@ -243,13 +244,15 @@ def is_given(rollout: Rollout) -> bool:
 
 
 def changes(items: Sequence[Any], out: Sequence[Any]) -> dict[str, float]:
-    """What a gate did to a step, as metrics: demonstrations let in, groups it left out, demonstrations inside groups."""
+    """What a gate did to a step, as metrics: demonstrations let in, groups it left out, demonstrations inside groups, pairs made of groups."""
     before = {id(item) for item in items}
     groups = [item for item in out if isinstance(item, Group)]
     were_out = sum(item.dropped is not None for item in items if isinstance(item, Group))
+    paired = sum(group.dropped == PAIRED for group in groups)
     found = {
         "mixture/demonstrations": sum(isinstance(item, Demo) and id(item) not in before for item in out),
-        "mixture/groups_left_out": sum(group.dropped is not None for group in groups) - were_out,
+        "mixture/groups_left_out": sum(group.dropped is not None for group in groups) - were_out - paired,
+        "mixture/pairs": sum(isinstance(item, Pair) and id(item) not in before for item in out),
         "mixture/injected": sum(is_given(r) for group in groups for r in group.rollouts),
     }
     return {name: float(count) for name, count in found.items()}

@@ -215,7 +215,7 @@ def test_the_stage_reports_what_the_gate_did(shelf) -> None:
     demos = shelf(*map(demo, GROUPS))
     stage = GateStage(InTurn({"switch": Unsolved(), "inject": Inject(CENTER)}), demos, steps=10)
     stage(groups(), step=0)
-    assert stage.metrics == {"mixture/demonstrations": 1.0, "mixture/groups_left_out": 1.0, "mixture/injected": 2.0}
+    assert stage.metrics == {"mixture/demonstrations": 1.0, "mixture/groups_left_out": 1.0, "mixture/pairs": 0.0, "mixture/injected": 2.0}
     assert changes(groups(), groups())["mixture/demonstrations"] == 0.0
 
 
