@@ -102,6 +102,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/good_score | mean | good answers | reward | implicit reward of the answers labelled good
         {stream}/bad_score | mean | bad answers | reward | implicit reward of the answers labelled bad
         {stream}/shift | mean | answers | reward | what labelled answers are compared with: the estimated KL, or the running mean
+        control/{name} | mean | optimizer steps | coefficient | a coefficient that follows a metric, as this step used it
         {stream}/{regularizer} | mean | tokens | nats per token | a regulariser's value: KL to a reference, entropy, ...
     """),
     "Train/rollout mismatch": _family("""

@@ -2,6 +2,7 @@
 
 from posttrain.advantage.group import BatchWhiten, Chain, GroupAdvantage, Reward, statistics
 from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline, RunningBaseline
+from posttrain.advantage.plain import Constant, PositivePart
 from posttrain.advantage.step import BatchScale, BetaNorm, DropOutliers, LiveGroups, PerReward
 
 __all__ = [
@@ -10,12 +11,14 @@ __all__ = [
     "BestMinusSecond",
     "BetaNorm",
     "Chain",
+    "Constant",
     "DropOutliers",
     "Extremes",
     "GreedyBaseline",
     "GroupAdvantage",
     "LiveGroups",
     "PerReward",
+    "PositivePart",
     "Reward",
     "RunningBaseline",
     "statistics",

@@ -128,6 +128,70 @@ class ColumnMinusKL:
 
 
 @dataclass(frozen=True)
+class LogRatio:
+    """How much more probable a token is to one policy than to another: a reward that needs no verifier.
+
+    Equation: ``A[t] = sum_{s in credit(t)} (log pi_num[s] - log pi_den[s])``.
+    Source: reverse-KL distillation on own samples as a policy gradient, GKD, arXiv 2306.13649, and MiniLLM, arXiv 2306.08543; two frozen models:
+    Self-Rewarding PPO, arXiv 2510.21090.
+
+    ``num``, ``den``: the policies; with ``den`` the one that sampled, the mean over samples is minus a KL, ``self`` reads the current one.
+    ``credit``: ``own`` (this token alone: the KL at every visited position, histories held fixed), ``to_go`` (and the later ones: the KL of whole
+    answers) or ``sequence`` (all of them: the same mean, more noise).  ``limit``: bounds each token's log-ratio; a token impossible for ``num``
+    has none otherwise.
+
+    Wrong when: the two models do not share a tokenizer; or their log-probs are of different temperatures.
+    """
+
+    num: str = "teacher"
+    den: str = "self"
+    credit: Literal["own", "to_go", "sequence"] = "own"
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.credit not in ("own", "to_go", "sequence"):
+            raise ValueError(f"advantage.LogRatio: credit={self.credit!r} does not exist; choose own, to_go or sequence")
+        if self.num == self.den:
+            raise ValueError(f"advantage.LogRatio: the ratio of {self.num} to itself is 1; name two different policies")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"advantage.LogRatio: limit={self.limit} must be above 0, or null for none")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.num, self.den}) - {"self"}
+
+    @property
+    def coupling(self) -> str:
+        return "token" if self.credit == "own" else "sequence"
+
+    @property
+    def live(self) -> bool:
+        return "self" in (self.num, self.den)
+
+    @property
+    def formula(self) -> str:
+        num, den = ("pi" if name == "self" else f"pi_{name}" for name in (self.num, self.den))
+        bound = "" if self.limit is None else f", each within {self.limit:g}"
+        return f"log({num}/{den})" if self.credit == "own" and not bound else f"(sum_{self.credit} log({num}/{den}){bound})"
+
+    def _each(self, view: TokenView) -> Tensor:
+        return view.log_ratio(self.den, self.num, "token")
+
+    def values(self, view: TokenView) -> Tensor:
+        d = self._each(view)
+        d = d if self.limit is None else d.clamp(-self.limit, self.limit)
+        if self.credit == "sequence":
+            return view.spread(view.seq_sum(d))
+        return d if self.credit == "own" else view.discounted(d, 1.0)
+
+    def metrics(self, view: TokenView) -> Metrics:
+        """The mean log-ratio of a token and the share beyond the limit."""
+        d, tokens = view.select(self._each(view)), float(view.on.sum())
+        beyond = 0.0 if self.limit is None else float((view.on & (d.abs() > self.limit)).sum())
+        return {"log_ratio": (float(d.sum()), tokens), "log_ratio_clamped": (beyond, tokens)}
+
+
+@dataclass(frozen=True)
 class Whiten:
     """Another advantage, brought to mean 0 and deviation 1 over the step's tokens.
 

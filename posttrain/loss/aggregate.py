@@ -105,26 +105,32 @@ class SequenceMeanTokenSum:
 class Constant:
     """A fixed length in the place of the answer's own.
 
-    Equation: ``1 / (N_seq * L)``.
-    Source: Dr. GRPO, arXiv 2503.20783.
+    Equation: ``1 / (N_seq * L)``, or ``1 / L`` with ``per="step"``.
+    Source: Dr. GRPO, arXiv 2503.20783; per step: the releases of LUFFY, arXiv 2504.14945, and HPT, arXiv 2509.04419.
 
-    ``length``: ``L``, the generation budget in tokens.  It only scales the gradient; ``L = N_tok / N_seq`` gives the token mean.
+    ``length``: ``L``, the generation budget in tokens.  It only scales the gradient; ``L = N_tok / N_seq`` gives the token mean.  ``per``: with
+    ``sequence`` every answer has that length; with ``step`` the tokens of the whole step are summed and divided once, so the gradient grows with
+    the batch.
 
     Wrong when: ``length`` is the longest answer of the batch: the step size then depends on what was sampled.
     """
 
     length: float
+    per: Literal["sequence", "step"] = "sequence"
 
     def __post_init__(self) -> None:
         if not self.length > 0:
             raise ValueError(f"aggregate.Constant: length={self.length} must be above 0; give the generation budget in tokens")
+        if self.per not in ("sequence", "step"):
+            raise ValueError(f"aggregate.Constant: per={self.per!r} does not exist; choose sequence or step")
 
     @property
     def formula(self) -> str:
-        return f"1/(N_seq * {self.length:g})"
+        return f"1/{self.length:g}" if self.per == "step" else f"1/(N_seq * {self.length:g})"
 
     def coefficient(self, view: TokenView, kept: Tensor | None = None) -> Tensor:
-        return torch.full_like(view.logp, 1.0 / (max(view.totals.sequences, 1) * self.length))
+        count = 1 if self.per == "step" else max(view.totals.sequences, 1)
+        return torch.full_like(view.logp, 1.0 / (count * self.length))
 
 
 @dataclass(frozen=True)

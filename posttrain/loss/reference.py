@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from posttrain.loss.view import TokenView
 from posttrain.mixture.schedule import Scalar
@@ -58,24 +60,104 @@ class Power:
     Equation: ``pi / sg(pi)**(1 - a) = p**a``, the gradient of ``p**a / a``.
     Source: the probability family of arXiv 2510.00526.
 
-    ``a``: 0 is :class:`Current`, 1 is :class:`Unit`, negative values chase improbable tokens.  A number or a schedule.
+    ``a``: 0 is :class:`Current`, 1 is :class:`Unit`, negative values chase improbable tokens.  A number or a schedule.  ``most``: the largest
+    factor; a negative ``a`` needs one, because the weight of an impossible token has no bound.
 
-    Wrong when: ``a`` is negative and the data hold noise: the weight of an impossible token has no bound.
+    Wrong when: ``a`` is large and the right tokens start improbable: at ``a = 10`` a token of ``p = 0.5`` has a thousandth of its weight.
     """
 
     a: Scalar = 1.0
+    most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.most is not None and not self.most > 0:
+            raise ValueError(f"reference.Power: most={self.most} bounds the factor, so it must be above 0")
+        if not callable(self.a):
+            self._require_bound(self.a)
+
+    def _require_bound(self, a: float) -> None:
+        if a < 0 and self.most is None:
+            raise ValueError(f"reference.Power: a={a:g} is negative, so p**a has no bound: set most, the largest factor (100, for instance)")
 
     @property
     def formula(self) -> str:
-        return f"p^{number(self.a)}"
+        power = f"p^{number(self.a)}"
+        return power if self.most is None else f"min({power}, {self.most:g})"
 
     def log_ratio(self, view: TokenView) -> Tensor:
         a = view.at(self.a)
-        return a * view.logp if a else torch.zeros_like(view.logp)
+        self._require_bound(a)
+        power = a * view.logp if a else torch.zeros_like(view.logp)
+        return power if self.most is None else power.clamp(max=math.log(self.most))
 
     def objective(self, view: TokenView, weight: Tensor) -> Tensor:
         a = view.at(self.a)
         return weight / a if a else torch.where(weight != 0, weight * view.logp, torch.zeros_like(weight))
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """How undecided the policy is between a token and everything else: the factor is ``p (1 - p)``.
+
+    Equation: ``pi / sg(1 / (1 - p)) = p (1 - p)``, the gradient of ``p - p**2 / 2``; 0 at ``p = 0`` and ``p = 1``, most (1/4) at ``p = 1/2``.
+    Source: the token weight ``phi`` of CHORD, arXiv 2508.11408.
+
+    Wrong when: the demonstrations hold what the policy finds impossible and must learn: such tokens get no signal.
+    """
+
+    @property
+    def formula(self) -> str:
+        return "p (1-p)"
+
+    def log_ratio(self, view: TokenView) -> Tensor:
+        return view.logp + torch.log(-torch.expm1(view.logp.clamp(max=0.0)))
+
+    def objective(self, view: TokenView, weight: Tensor) -> Tensor:
+        """``w * l`` per token: a weighted log-likelihood."""
+        return torch.where(weight != 0, weight * view.logp, torch.zeros_like(weight))
+
+
+@dataclass(frozen=True)
+class Saturating:
+    """A bounded ratio for texts whose author's probabilities are not known: the factor of ``p / (p + gamma)``.
+
+    Equation: the objective is ``A p / (p + gamma)``, so the factor is ``gamma p / (p + gamma)**2``: at most 1/4, at ``p = gamma``.  ``detached``:
+    the denominator is ``sg(p) + gamma``, so the factor is ``p / (p + gamma)``, which grows with ``p`` to 1.
+    Source: LUFFY, arXiv 2504.14945; detached: ThinkTuning, arXiv 2508.07616.
+
+    ``gamma``: the probability at which a token is learnt fastest, a number or a schedule; far above 1 the factor is ``p / gamma``, as under
+    :class:`Unit`.  ``detached``: whether the denominator is part of the derivative.
+
+    Wrong when: the tokens were sampled by a policy whose log-probs are recorded: use their ratio (:class:`Named`).
+    """
+
+    gamma: Scalar = 0.1
+    detached: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.gamma) and not self.gamma > 0:
+            raise ValueError(f"reference.Saturating: gamma={self.gamma} must be above 0; at or below 0 the factor has a pole")
+
+    @property
+    def formula(self) -> str:
+        g = number(self.gamma)
+        return f"p / (p + {g})" if self.detached else f"{g} p / (p + {g})^2"
+
+    def _logs(self, view: TokenView) -> tuple[Tensor, Tensor]:
+        """``log(p / (p + gamma))`` and ``log(gamma / (p + gamma))``, each ``[N]``."""
+        gamma = view.at(self.gamma)
+        if not gamma > 0:
+            raise ValueError(f"reference.Saturating: gamma is {gamma} at progress {view.batch.progress:g}; it must stay above 0")
+        x = view.logp - math.log(gamma)
+        return logsigmoid(x), logsigmoid(-x)
+
+    def log_ratio(self, view: TokenView) -> Tensor:
+        share, rest = self._logs(view)
+        return share if self.detached else share + rest
+
+    def objective(self, view: TokenView, weight: Tensor) -> Tensor:
+        """``A p / (p + gamma)``, whose derivative the weight is; detached, the weight itself."""
+        return weight if self.detached else weight * torch.exp(-self._logs(view)[1])
 
 
 @dataclass(frozen=True)

@@ -70,3 +70,41 @@ class Steps:
 
     def __call__(self, progress: float) -> float:
         return float(self.values[sum(progress >= b for b in self.boundaries)])
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """In steps, not in shares of the run: 0 to ``peak`` linearly over ``warmup`` steps, then half a cosine to ``valley`` over ``decay`` steps, then constant.
+
+    ``steps`` is the length of the run, ``${steps}`` in a recipe: published schedules are stated in steps, whatever the run's length.
+    Without warm-up it starts at ``peak``.
+    """
+
+    peak: float
+    valley: float
+    warmup: int
+    decay: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.decay < 1 or self.steps < 1:
+            raise ValueError(
+                f"WarmupCosine needs warmup >= 0, decay >= 1 and steps >= 1, not {self.warmup}, {self.decay} and {self.steps}; a constant is a number"
+            )
+
+    def __call__(self, progress: float) -> float:
+        step = progress * self.steps
+        if step < self.warmup:
+            return self.peak * step / self.warmup
+        u = min((step - self.warmup) / self.decay, 1.0)
+        return self.valley + (self.peak - self.valley) * 0.5 * (1.0 + math.cos(math.pi * u))
+
+
+@dataclass(frozen=True)
+class OneMinus:
+    """``1 - of``: the other share of a blend whose two shares add up to 1."""
+
+    of: Scalar
+
+    def __call__(self, progress: float) -> float:
+        return 1.0 - at(self.of, progress)

@@ -37,7 +37,8 @@ OTHER_AGGREGATION = {"streams": [("rollouts",), ()], "aggregation": [aggregate.S
 # Settings from which every field of a class can be seen to act, and values for fields that cannot be guessed from their type.
 VARIANTS: dict[str, list[Any]] = {
     "likelihood.Token": [likelihood.Token(ratio="sequence"), likelihood.Token(ratio="sequence_geometric")],
-    "reference.Power": [reference.Power(0.0), reference.Power(-0.5), reference.Power(Linear(0.2, 1.0))],
+    "reference.Power": [reference.Power(0.0), reference.Power(-0.5, most=1.5), reference.Power(Linear(0.2, 1.0))],
+    "reference.Saturating": [reference.Saturating(1.0, detached=True), reference.Saturating(Linear(0.1, 1.0))],
     "reference.Named": [reference.Named("behaviour"), reference.Named("base")],
     "advantage.One": [advantage.One(0.0), advantage.One(-0.5)],
     "advantage.ColumnMinusKL": [
@@ -49,6 +50,11 @@ VARIANTS: dict[str, list[Any]] = {
     "advantage.Whiten": [
         advantage.Whiten(advantage.ColumnMinusKL(over="behaviour"), "sequences", False, 1, 0.1, "variance"),
         advantage.Whiten(advantage.One()),
+    ],
+    "advantage.LogRatio": [
+        advantage.LogRatio(credit="to_go"),
+        advantage.LogRatio("base", "old", "sequence", limit=0.5),
+        advantage.LogRatio("self", "base", limit=0.1),
     ],
     "advantage.Pairwise": [
         advantage.Pairwise(label_smoothing=0.1),
@@ -85,7 +91,7 @@ VARIANTS: dict[str, list[Any]] = {
     "mask.TopEntropy": [mask.TopEntropy(1.0), mask.TopEntropy(Linear(0.5, 1.0))],
     "mask.Truncate": [mask.Truncate(1.1, apply="weight", min=0.9), mask.Truncate(1.1, level="sequence"), mask.Truncate(float("inf"))],
     "mask.Reject": [mask.Reject(0.9, 1.1), mask.Reject(0.99, 1.01, level="sequence_geometric"), mask.Reject(0.0, float("inf"))],
-    "aggregation.Constant": [aggregate.Constant(7.5)],
+    "aggregation.Constant": [aggregate.Constant(7.5), aggregate.Constant(100.0, "step")],
     "aggregation.TokenMean": [aggregate.TokenMean(d) for d in ("weight_sum", "joint", "kept")],
     "regularizer.KL": [
         regularizer.KL("k2", coef=0.5, ratio="token"),
@@ -109,6 +115,9 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "advantage.Pairwise": {"label": ["label"], "gap": ["reward"], "limit": [0.2, 0.5]},
     "advantage.Pointwise": {"label": ["side"]},
     "advantage.Listwise": {"of": ["side", "label"]},
+    "reference.Power": {"most": [0.5]},
+    "advantage.LogRatio": {"limit": [0.1]},
+    "mask.ProbabilityBand": {"min": [0.3, 0.6], "max": [0.3, 0.6]},
     "mask.DropTruncated": {"reasons": [("stop",), ()]},
     "mask.DualClip": {"c": [1.2, 2.0, 8.0]},
     "mask.Cap": {"min": [0.9, 1.1]},

@@ -51,14 +51,23 @@ class Data:
 
 
 def columns(objective: Objective, rows: Tensor) -> dict[str, Tensor]:
-    """The full-vocabulary columns an objective needs, from log-probabilities ``[N, V]``; the base policy is a fixed other distribution."""
-    base = naive.base_row(rows.shape[1])
-    every = {
-        "entropy": -(rows.exp() * rows).sum(1),
-        "kl_reverse:base": (rows.exp() * (rows - base)).sum(1),
-        "kl_forward:base": (base.exp() * (base - rows)).sum(1),
-    }
-    return {name: every[name] for name in objective.needs.columns}
+    """The full-vocabulary columns an objective needs, from log-probabilities ``[N, V]``; base and teacher are fixed other distributions."""
+    p, out = rows.exp(), {}
+    for name in objective.needs.columns:
+        kind, _, to = name.partition(":")
+        if kind == "entropy":
+            out[name] = -(p * rows).sum(1)
+            continue
+        logq = {"base": naive.base_row, "teacher": naive.teacher_row}[to](rows.shape[1])
+        if kind == "kl_reverse":
+            out[name] = (p * (rows - logq)).sum(1)
+        elif kind == "kl_forward":
+            out[name] = (logq.exp() * (logq - rows)).sum(1)
+        else:
+            beta = float(kind.removeprefix("jsd_"))
+            logm = torch.log(beta * logq.exp() + (1 - beta) * p)
+            out[name] = (beta * logq.exp() * (logq - logm) + (1 - beta) * p * (rows - logm)).sum(1)
+    return out
 
 
 def stand_ins(objective: Objective, batch: TokenBatch) -> dict[str, Tensor]:

@@ -72,6 +72,11 @@ def base_row(vocabulary: int) -> Tensor:
     return torch.log_softmax(torch.linspace(-1, 1, vocabulary, dtype=torch.float64), 0)
 
 
+def teacher_row(vocabulary: int) -> Tensor:
+    """The same for the teacher."""
+    return torch.log_softmax(torch.cos(torch.arange(vocabulary, dtype=torch.float64)), 0)
+
+
 # -- pieces --------------------------------------------------------------------------------------------------------------------
 def learnt(s: Sequence, source: str) -> list[int]:
     """Indices of the tokens a loss looks at."""
