@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def _start(ray: Any, options: dict[str, Any], attempts: int) -> None:
     """``ray.init``, repeated when the node did not come up in time."""
     import psutil
 
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     for attempt in range(1, attempts + 1):
         try:
             ray.init(**options)
@@ -46,7 +48,9 @@ def _start(ray: Any, options: dict[str, Any], attempts: int) -> None:
         except Exception as error:
             ray.shutdown()
             for child in psutil.Process().children(recursive=True):  # what a half-started node leaves running
-                child.kill()
+                if child.pid not in before:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
             if attempt == attempts or "timed out during startup" not in str(error):
                 raise
 

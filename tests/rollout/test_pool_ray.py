@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from posttrain.records import Prompt, Sampling
 from posttrain.rollout.engine import EngineConfig, Request
-from posttrain.rollout.pool import EnginePool, RolloutError
+from posttrain.rollout.pool import EnginePool, RolloutError, _runs
 from posttrain.sync.base import SyncError
 from posttrain.sync.object_store import put
 
@@ -87,7 +87,7 @@ async def test_story(pool, twin):
     with pytest.raises(RolloutError, match=rf"sampling step 2: .*engine \d on .*pid.*weights version {version + 2}.*phase"):
         await pool.sample(asked, 8, Sampling(max_tokens=200), step=2)
     pool.close()
-    assert not [pid for _, pid in pool._pids if os.path.exists(f"/proc/{pid}")]
+    assert not [pid for _, pid in pool._pids if _runs(pid)]
 
 
 async def test_a_model_that_cannot_be_served_is_one_clear_error(cluster, tmp_path):
