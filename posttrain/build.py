@@ -39,6 +39,7 @@ class Engines:
     sampling: Sampling
     prompts_per_step: int
     steps: int
+    advantage: Any = None
 
     async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
         from posttrain.rollout.strategy import collect
@@ -57,14 +58,21 @@ class Engines:
 
     @property
     def state(self) -> dict[str, Any]:
-        strategy = self.strategy.state_dict() if hasattr(self.strategy, "state_dict") else None
-        return {"sampler": self.sampler.state_dict(), "budget": self.reward.budget.state_dict(), "strategy": strategy}
+        remembered = {name: part.state_dict() for name, part in self._stateful.items()}
+        return {"sampler": self.sampler.state_dict(), "budget": self.reward.budget.state_dict(), **remembered}
 
     def load(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.reward.budget.load_state_dict(state["budget"])
-        if state["strategy"]:
-            self.strategy.load_state_dict(state["strategy"])
+        for name, part in self._stateful.items():
+            if state.get(name):
+                part.load_state_dict(state[name])
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """The strategy and the advantage estimator, where they remember something."""
+        parts = {"strategy": self.strategy, "advantage": self.advantage}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
 @dataclass
@@ -365,7 +373,9 @@ async def open_stage(
             from posttrain.rollout.strategy import Fixed
 
             strategy = (config.rollout.strategy or Fixed()).bound(config.rollout.n)
-            rollout = Engines(pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps)
+            rollout = Engines(
+                pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps, config.advantage
+            )
         held_out = HeldOut(config.eval, pool, rewards, evaluation, sampling_of(config, evaluation=True), config.steps, console.message)
         publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
         packer = Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch)

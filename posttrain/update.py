@@ -9,7 +9,7 @@ Whether one pass is enough or two are needed is decided here, from what the obje
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from posttrain.data.report import Report
 from posttrain.data.rows import to_rows
 from posttrain.loss.unified import Objective
 from posttrain.metrics import Accumulator
+from posttrain.mixture.control import recall, steer
 from posttrain.records import Demo, TokenBatch
 
 
@@ -95,7 +96,8 @@ class Learn:
             micro = one.micro_batches(whole)
             sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
             report = await self.learner.step(micro, sliced)
-            totals.add({**report.metrics, **overall})
+            found = {**report.metrics, **overall}
+            totals.add({**found, **self._steer(found, whole.num_sequences)})
             totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
             totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
@@ -103,6 +105,13 @@ class Learn:
             await self.learner.move_base(self.base_mix)
             totals.add({"learner/base_moved": (1.0, 0.0)})
         return totals
+
+    def _steer(self, metrics: Mapping[str, tuple[float, float]], sequences: int) -> dict[str, tuple[float, float]]:
+        """Let the coefficients that follow a metric move on.  Returns the values this step was learnt with."""
+        controls = self.objective.controls
+        used = {f"control/{name}": (control.value(recall(control, self.memory)), 1.0) for name, control in controls.items()}
+        self.memory = {**self.memory, **steer(controls, self.memory, metrics, sequences)}
+        return used
 
     def _parts(self, items: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """What the first optimizer steps learn from, and what the last one does."""

@@ -73,9 +73,9 @@ def test_heavy_imports_happen_inside_functions(package: str) -> None:
     assert not users_of(package, top_level_only=True), f"import {package} inside the function that needs it"
 
 
-@pytest.mark.parametrize("home", ["posttrain.loss", "posttrain.advantage", "posttrain.mixture.schedule"])
+@pytest.mark.parametrize("home", ["posttrain.loss", "posttrain.advantage", "posttrain.mixture.schedule", "posttrain.mixture.control"])
 def test_the_mathematics_knows_only_torch_and_records(home: str) -> None:
-    own = ("posttrain.records", "posttrain.mixture.schedule", home)
+    own = ("posttrain.records", "posttrain.mixture.schedule", "posttrain.mixture.control", home)
     for path in FILES:
         if not allowed(module_of(path), home):
             continue

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.loss.view import Level, Metrics, TokenView, memory_key
+from posttrain.mixture.control import Control, controls_in
 from posttrain.mixture.schedule import Scalar
 from posttrain.records import Source, StreamTotals, TokenBatch, Totals
 
@@ -176,6 +177,7 @@ class Objective:
             )
         for key, term in self.regularizers.items():
             self._check_regularizer(key, term)
+        controls_in(self.controls)  # one name, two settings: an error now, not in the run
         temperatures = {s.likelihood.temperature for s in self.streams.values()}
         if len(temperatures) > 1:
             raise ValueError(f"all streams share one forward, so one training temperature; these differ: {sorted(temperatures)}")
@@ -216,6 +218,11 @@ class Objective:
     def remembers(self) -> bool:
         """Whether a term carries numbers from step to step: :meth:`remember` must then be called on every step."""
         return any(declared(t, "remembers") for t in self._all_terms)
+
+    @property
+    def controls(self) -> dict[str, Control]:
+        """The coefficients that follow a metric, by name."""
+        return controls_in({"streams": self.streams, "regularizers": self.regularizers})
 
     # -- counting ------------------------------------------------------------------------------------------------------
     def _select(self, batch: TokenBatch, stream: Stream) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from posttrain.mixture.control import Control, recall
 from posttrain.mixture.schedule import Scalar, at
 from posttrain.records import StreamTotals, TokenBatch, Totals
 
@@ -43,7 +44,9 @@ class TokenView:
 
     # -- scalars and columns -------------------------------------------------------------------------------------------
     def at(self, value: Scalar) -> float:
-        """A coefficient now: a number as it is, a schedule at this step's progress."""
+        """A coefficient now: a number as it is, a schedule at this step's progress, a controller where the steps before have led it."""
+        if isinstance(value, Control):
+            return value.value(recall(value, self.batch.memory))
         return at(value, self.batch.progress)
 
     def select(self, values: Tensor, otherwise: float = 0.0) -> Tensor:
