@@ -12,7 +12,7 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -168,6 +168,8 @@ def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[Run
             raise ConfigError(f"{key}={given}: the folder holds no model (no config.json); give a Hugging Face folder, such as export/ of a run")
         if config.model.init == "pretrained" and not list(folder.glob("*.safetensors")):
             raise ConfigError(f"{key}={given}: the folder holds no *.safetensors file; other formats can run code and are refused: convert the weights")
+        if not any(any(folder.glob(p)) for p in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.tekken*")):
+            raise ConfigError(f"{key}={given}: the folder holds no tokenizer (tokenizer.json); copy it from the model it belongs to")
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise ConfigError(f"model.chat_template={config.model.chat_template}: there is no such file")
     try:
@@ -403,13 +405,17 @@ def masks(config: RunConfig, tokenizer: Any, records: list[Any]) -> Iterator[Lin
     """What the chat template makes of the data: how answers are found, what is learnt, and whether the end of the turn is part of it."""
     from posttrain.data.load import as_spec
     from posttrain.data.render import Renderer
-    from posttrain.data.template import MARK, has_template
+    from posttrain.data.template import MARK, has_template, render_text
     from posttrain.records import Demo, Pair, Prompt
 
     if has_template(tokenizer):
         marked = bool(MARK.search(tokenizer.get_chat_template(None, None)))
         how = "marks what the assistant writes" if marked else "has no generation marks; answers are found by comparing renderings, which holds for this data"
         yield Line("ok", f"the chat template {how}")
+        with suppress(ValueError):
+            asked = [render_text(tokenizer, [{"role": "user", "content": "?"}], add_generation_prompt=flag)[0] for flag in (False, True)]
+            if asked[0] == asked[1]:
+                yield Line("warning", "the chat template has no generation prompt: the model has to write the assistant's role itself")
     else:
         yield Line("warning", "the tokenizer has no chat template: prompts and completions are plain text (model.chat_template takes a file)")
     if not records:

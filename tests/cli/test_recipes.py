@@ -1,0 +1,44 @@
+"""Every recipe and every choice of every group composes, builds, and passes the checks with a small model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from posttrain.cli import build_stages, compose_stages, stages_of
+from posttrain.help import groups, recipes
+from posttrain.words import Words
+from tests.cli.conftest import TINY
+
+MORE = {
+    "sft": ["data.train.path=x.jsonl"],
+    "dpo": ["data.train.path=x.jsonl"],
+    "grpo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
+}
+
+
+BESIDE = {"mixture": ["advantage=group_norm"]}
+"""What a choice of one group reads from others."""
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_composes_and_passes(name: str) -> None:
+    stages = stages_of(Words([f"recipe={name}", "model=tiny", *TINY, *MORE.get(name, [])]))
+    for config, text in stages.values():
+        assert config.name and f"name: {config.name}" in text
+        assert config.loss.streams and config.steps > 0
+        assert (config.advantage is None) == (config.rollout.kind == "replay"), "an advantage where, and only where, answers are sampled"
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if n not in ("quickstart",)])
+def test_a_recipe_asks_for_a_model(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model\.path is not set"):
+        stages_of(Words([f"recipe={name}", *MORE.get(name, [])]))
+
+
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g, choices in groups().items() for c in choices])
+def test_a_choice_composes_and_builds(group: str, choice: str) -> None:
+    (config,) = build_stages(compose_stages(Words([f"{group}={choice}", *BESIDE.get(group, [])]))).values()
+    built: Any = getattr(config, group)
+    assert built is not None or choice == "none"
