@@ -44,8 +44,9 @@ class Engines:
     async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
         from posttrain.rollout.strategy import collect
 
-        async def sample(prompts: Sequence[Any], n: int) -> list[Group]:
-            return await self.pool.sample(prompts, n, self.sampling, step)
+        async def sample(prompts: Sequence[Any], n: int, first: int = 0, greedy: bool = False) -> list[Group]:
+            sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
+            return await self.pool.sample(prompts, n, sampling, step, first=first)
 
         async def score(groups: Sequence[Group]) -> list[Group]:
             return await self.reward.score(groups, step, step / self.steps)

@@ -28,11 +28,12 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Ask:
-    """``n`` samples of one prompt, numbered from ``first``."""
+    """``n`` samples of one prompt, numbered from ``first``; ``greedy`` ones are sampled at temperature 0."""
 
     prompt: Prompt
     n: int
     first: int = 0
+    greedy: bool = False
 
 
 class RolloutStrategy(Protocol):
@@ -173,6 +174,46 @@ class Dynamic:
         self.resting = dict(state["resting"])
 
 
+@dataclass(frozen=True)
+class WithGreedy:
+    """Another strategy, and one greedy answer more for every prompt: a baseline that costs one sample (ReMax, arXiv 2310.10505).
+
+    The greedy answer is scored like the others and joins its group last; ``inner`` (``Fixed`` by default) decides on the samples alone.
+    """
+
+    inner: Any = field(default_factory=Fixed)
+
+    def bound(self, n: int) -> WithGreedy:
+        return replace(self, inner=self.inner.bound(n))
+
+    def num_prompts(self, info: StepInfo) -> int:
+        return self.inner.num_prompts(info)
+
+    def skip(self, prompt: Prompt, info: StepInfo) -> str | None:
+        return self.inner.skip(prompt, info)
+
+    def plan(self, prompts: Sequence[Prompt], info: StepInfo) -> list[Ask]:
+        return self.inner.plan(prompts, info)
+
+    def observe(self, group: Group, info: StepInfo) -> list[Ask]:
+        if any(r.sampling.temperature == 0 for r in group.rollouts):
+            return []
+        return self.inner.observe(group, info) or [Ask(group.prompt, 1, len(group.rollouts), greedy=True)]
+
+    def admit(self, group: Group, info: StepInfo) -> str | None:
+        return self.inner.admit(replace(group, rollouts=tuple(r for r in group.rollouts if r.sampling.temperature > 0)), info)
+
+    def short(self, kept: int, target: int, counts: Counter[str]) -> None:
+        self.inner.short(kept, target, counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if hasattr(self.inner, "load_state_dict"):
+            self.inner.load_state_dict(state)
+
+
 def _size(n: int | None) -> int:
     if n is None or n < 1:
         raise ValueError(f"the strategy has group size n={n}; call bound(n) with rollout.n, which must be at least 1")
@@ -193,7 +234,8 @@ async def collect(
 ) -> tuple[list[Group], dict[str, float]]:
     """Draw, sample, score and admit until there are ``target_groups`` or the strategy ends the step.
 
-    ``sample(prompts, n)`` returns one group per prompt, in order (``sample(prompts, n, first=k)`` continues a group at sample ``k``).
+    ``sample(prompts, n)`` returns one group per prompt, in order (``sample(prompts, n, first=k)`` continues a group at sample ``k``, and
+    ``greedy=True`` asks for temperature 0).
     Returns the kept groups in the order they were drawn, and the counts ``rollout/{generated,kept,dropped/REASON,...}``.  No prompt is
     used twice in a step: a repeated draw is counted as ``repeat`` and drawn again.  Raises what ``strategy.short`` raises.
     """
@@ -255,11 +297,11 @@ def _draw(
 
 async def _sample(sample: Callable[..., Awaitable[Sequence[Group]]], asks: Sequence[Ask]) -> list[Group]:
     """One call per group size; the groups come back in the order of the asks."""
-    shapes = dict.fromkeys((ask.n, ask.first) for ask in asks)
+    shapes = dict.fromkeys((ask.n, ask.first, ask.greedy) for ask in asks)
     answered: dict[str, Group] = {}
-    for n, first in shapes:
-        prompts = [ask.prompt for ask in asks if (ask.n, ask.first) == (n, first)]
-        extra = {"first": first} if first else {}
+    for n, first, greedy in shapes:
+        prompts = [ask.prompt for ask in asks if (ask.n, ask.first, ask.greedy) == (n, first, greedy)]
+        extra: dict[str, Any] = ({"first": first} if first else {}) | ({"greedy": True} if greedy else {})
         answered.update((group.id, group) for group in await sample(prompts, n, **extra))
     if lost := [ask.prompt.id for ask in asks if ask.prompt.id not in answered]:
         raise RuntimeError(f"no group came back for {len(lost)} of {len(asks)} prompts, first {lost[0]!r}")

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.records import Group, Prompt, Rollout, Score
-from posttrain.rollout.strategy import Ask, Dynamic, Fixed, StepInfo, collect, is_dead, values
+from posttrain.advantage import GreedyBaseline
+from posttrain.records import Group, Prompt, Rollout, Sampling, Score
+from posttrain.rollout.strategy import Ask, Dynamic, Fixed, StepInfo, WithGreedy, collect, is_dead, values
 
 INFO = StepInfo(0, 0, 4)
 
@@ -31,11 +32,16 @@ class World:
     def draw(self, count):
         return [next(self.order) for _ in range(count)]
 
-    async def sample(self, asked, n, first=0):
-        self.sampled += [(p.id, n, first) for p in asked]
+    async def sample(self, asked, n, first=0, greedy=False):
+        self.sampled += [(p.id, n, first, greedy) if greedy else (p.id, n, first) for p in asked]
+        sampling = Sampling(temperature=0.0) if greedy else Sampling()
         return [
             Group(
-                p, tuple(Rollout(f"0/{p.id}/{i}", p, (), finish=self.finish if p.id == "bad" else "stop") for i in range(first, first + n))
+                p,
+                tuple(
+                    Rollout(f"0/{p.id}/{i}", p, (), finish=self.finish if p.id == "bad" else "stop", sampling=sampling)
+                    for i in range(first, first + n)
+                ),
             )
             for p in asked
         ]
@@ -204,3 +210,27 @@ async def test_draws_per_kept_group_follow_the_formula():
     expected = 1 / (1 - p**n - (1 - p) ** n)
     assert expected == pytest.approx(1.756, abs=1e-3)
     assert report["rollout/prompts"] / target == pytest.approx(expected, rel=0.06)
+
+
+async def test_a_greedy_answer_joins_every_group_and_becomes_its_baseline():
+    world = World({"a": [1, 0, 0.5], "b": [0, 0, 1]})
+    groups, report = await world.collect(WithGreedy().bound(2), 2)
+    assert world.sampled == [("a", 2, 0), ("b", 2, 0), ("a", 1, 2, True), ("b", 1, 2, True)]
+    assert [r.sampling.temperature for g in groups for r in g.rollouts] == [1.0, 1.0, 0.0] * 2
+    assert report["rollout/generated"] == 6
+    assert [r.advantage for g in GreedyBaseline()(groups) for r in g.rollouts] == [0.5, -0.5, None, -1.0, -1.0, None]
+
+
+async def test_the_greedy_answer_does_not_make_a_dead_group_live():
+    world = World({"a": [1, 1, 0], "b": [0, 1, 1]})
+    groups, report = await world.collect(WithGreedy(Dynamic(2)), 1)
+    assert [g.id for g in groups] == ["b"] and report["rollout/dropped/no_variance"] == 1
+
+
+def test_a_wrapped_strategy_keeps_its_state():
+    inner = Dynamic(2, cooldown=3, resting={"a": 5})
+    assert WithGreedy(inner).state_dict() == {"resting": {"a": 5}} and WithGreedy().state_dict() == {}
+    fresh = Dynamic(2, cooldown=3)
+    WithGreedy(fresh).load_state_dict({"resting": {"a": 5}})
+    WithGreedy().load_state_dict({})
+    assert fresh.resting == {"a": 5} and WithGreedy(fresh).skip(prompts("a")[0], INFO) == "cooldown"
