@@ -15,12 +15,14 @@ from posttrain.advantage import (
     BestMinusSecond,
     BetaNorm,
     Chain,
+    Constant,
     DropOutliers,
     Extremes,
     GreedyBaseline,
     GroupAdvantage,
     LiveGroups,
     PerReward,
+    PositivePart,
     Reward,
     RunningBaseline,
 )
@@ -43,6 +45,9 @@ EXPECTED = {
     "greedy": GreedyBaseline(),
     "running_baseline": RunningBaseline(),
     "whiten_without_outliers": Chain({"whiten": BatchWhiten("sequences"), "outliers": DropOutliers()}),
+    "best_of_k": Chain({"one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}),
+    "constant": Constant(),
+    "positive": Chain({"reward": Reward(), "positive": PositivePart()}),
     "extremes": Chain({"center": GroupAdvantage(scale="none"), "extremes": Extremes()}),
 }
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from posttrain.mixture.schedule import Cosine, Linear, Steps, at
+from posttrain.mixture.schedule import Cosine, Linear, OneMinus, Steps, WarmupCosine, at
 
 
 def test_numbers_and_callables_are_read_alike() -> None:
@@ -43,3 +43,14 @@ def test_impossible_intervals_are_refused(make) -> None:
 def test_steps_need_ascending_boundaries() -> None:
     with pytest.raises(ValueError, match="ascending"):
         Steps([1.0, 2.0, 3.0], [0.7, 0.3])
+
+
+def test_warmup_cosine_counts_steps_and_holds_its_valley() -> None:
+    schedule = WarmupCosine(peak=0.8, valley=0.2, warmup=2, decay=4, steps=10)
+    assert [schedule(s / 10) for s in range(8)] == pytest.approx(
+        [0.0, 0.4, 0.8, 0.2 + 0.3 * (1 + math.sqrt(0.5)), 0.5, 0.2 + 0.3 * (1 - math.sqrt(0.5)), 0.2, 0.2]
+    )
+    assert OneMinus(schedule)(0.4) == pytest.approx(0.5) and OneMinus(0.25)(0.9) == 0.75
+    for impossible in ({"decay": 0}, {"warmup": -1}, {"steps": 0}):
+        with pytest.raises(ValueError, match="a constant is a number"):
+            WarmupCosine(**{"peak": 1.0, "valley": 0.0, "warmup": 0, "decay": 1, "steps": 1, **impossible})

@@ -1,0 +1,36 @@
+"""A constant and the positive part."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from posttrain.advantage import Chain, Constant, GroupAdvantage, PositivePart, Reward
+from tests.mixture.conftest import group
+
+
+def advantages(estimator: object, *rewards: float | None) -> list[float | None]:
+    return [r.advantage for r in estimator([group("q", *rewards)])[0].rollouts]  # type: ignore[operator]
+
+
+def test_a_constant_takes_unscored_samples_where_it_may() -> None:
+    assert advantages(Constant(), 1.0, None, 0.0) == [1.0, 1.0, 1.0]
+    assert advantages(Constant(0.5, unscored=False), 1.0, None) == [0.5, None]
+    with pytest.raises(ValueError, match="must be finite"):
+        Constant(math.inf)
+
+
+def test_the_positive_part_of_rewards_and_of_advantages() -> None:
+    of_reward = Chain({"reward": Reward(0.5), "positive": PositivePart()})
+    assert advantages(of_reward, 1.0, 0.0, None, 0.5) == [0.5, 0.0, None, 0.0]
+    centred = Chain({"center": GroupAdvantage(scale="none"), "positive": PositivePart(keep_zeros=False)})
+    assert advantages(centred, 1.0, 0.0) == [0.5, None]
+    with pytest.raises(ValueError, match="must be None"):
+        advantages(Chain({"reward": Constant(1.0), "bad": lambda gs: [_with_nan(g) for g in gs], "positive": PositivePart()}), 1.0)
+
+
+def _with_nan(g: object) -> object:
+    from dataclasses import replace
+
+    return replace(g, rollouts=tuple(replace(r, advantage=math.nan) for r in g.rollouts))  # type: ignore[type-var, attr-defined]
