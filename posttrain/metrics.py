@@ -98,6 +98,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/margin | mean | pairs | reward | implicit reward of the chosen minus that of the rejected
         {stream}/chosen_score | mean | pairs | reward | implicit reward of the chosen answer
         {stream}/rejected_score | mean | pairs | reward | implicit reward of the rejected answer
+        {stream}/implicit_reward | mean | answers | reward | sum of the rewards an implicit process reward model gives the tokens of an answer
         {stream}/good | mean | answers | share | answers labelled good
         {stream}/good_score | mean | good answers | reward | implicit reward of the answers labelled good
         {stream}/bad_score | mean | bad answers | reward | implicit reward of the answers labelled bad

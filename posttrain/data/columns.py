@@ -8,7 +8,7 @@ demos      ``messages``, or ``prompt`` + ``completion``, or ``text``
 pairs      ``chosen`` + ``rejected``, with ``prompt`` or with the prompt as their common beginning
 all        ``id``, ``tools``, ``system``, ``weight``, ``level``, ``env``, and ``finish`` (``length`` marks a cut-off answer)
 rewards    demos: ``label`` (0 bad to 1 good), ``score``; pairs: ``label`` (how sure that the chosen is better), ``margin``,
-           ``chosen_score``, ``rejected_score``; numbers or booleans, and still in ``meta``
+           ``deviation`` (of the chosen from other answers), ``chosen_score``, ``rejected_score``; numbers or booleans, and still in ``meta``
 =========  ==========================================================================================================
 
 Prompts, completions and sides of a pair are strings or lists of messages; lists may also be JSON text, as Parquet files often hold them.
@@ -43,7 +43,7 @@ NAMES = (
     "env",
     "finish",
 )
-REWARDS = ("label", "score", "margin", "chosen_score", "rejected_score")
+REWARDS = ("label", "score", "margin", "deviation", "chosen_score", "rejected_score")
 """Columns of numbers about an answer or a pair; a column of this name that holds something else is not meant, unless ``columns`` says so."""
 
 COMMON = {

@@ -71,9 +71,7 @@ def rewards_of(row: Mapping[str, Any], side: str) -> dict[str, float]:
     out = {"score": given[f"{side}_score"]} if f"{side}_score" in given else {}
     if "margin" in given:
         out["margin"] = given["margin"] if side == "chosen" else 0.0
-    if "label" in given and side == "chosen":
-        out["label"] = given["label"]
-    return out
+    return out | {name: given[name] for name in ("label", "deviation") if name in given and side == "chosen"}
 
 
 def split(row: Mapping[str, Any], number: int) -> tuple[Text, Text, Text, bool]:

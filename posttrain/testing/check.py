@@ -315,7 +315,7 @@ def _check_needs(term: Any, objective: Objective, batch: TokenBatch) -> None:
 
 
 def check_knobs(terms: Sequence[Any], batches: Sequence[TokenBatch], alternatives: Mapping[str, Sequence[Any]]) -> None:
-    """Every field of the dataclass must change the weights, the loss or the declared needs: on some batch, for some other value, starting
+    """Every field of the dataclass must change the weights, the loss, the declared needs or what is remembered: on some batch, for some other value, starting
     from one of ``terms``."""
     hints = typing.get_type_hints(type(terms[0])) if dataclasses.is_dataclass(terms[0]) else {}
     for spec in dataclasses.fields(terms[0]) if hints else ():
@@ -341,10 +341,11 @@ def _acts(term: Any, name: str, values: Sequence[Any] | None, hint: Any, batches
 
 
 def _fingerprint(objective: Objective, batch: TokenBatch) -> tuple[Any, Any]:
+    """What is asked of the run and carried to the next step, and the gradient or the error."""
     try:
-        return objective.needs, _output(objective, batch)
+        return (objective.needs, objective.remember(batch) if objective.remembers else {}), _output(objective, batch)
     except (ValueError, FloatingPointError) as error:
-        return objective.needs, str(error)
+        return (objective.needs, {}), str(error)
 
 
 def _differs(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:

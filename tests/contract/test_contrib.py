@@ -13,7 +13,10 @@ import pytest
 from posttrain import contrib
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
+from posttrain.contrib.preference import LogisticExponential, PairFactor, PairProbability, SelfLabelled, SharedLength, SortedMargins, SteeperPairs
+from posttrain.contrib.process import ImplicitProcessReward
 from posttrain.loss import aggregate, mask
+from posttrain.loss.advantage import Pairwise
 from posttrain.mixture.schedule import Linear
 from posttrain.testing.check import check_term
 
@@ -32,13 +35,23 @@ VARIANTS: dict[str, list[Any]] = {
     ],
     "covariance.CovariancePenalty": [CovariancePenalty(0.5, 0.2, "behaviour"), CovariancePenalty(0.5, Linear(0.5, 1.0))],
     "future.FutureRatio": [FutureRatio(2.0, 0.5, 3.0, 1.1, 1.05), FutureRatio(1.0, 0.8, Linear(1.0, 1.5), to="behaviour")],
+    "preference.PairFactor": [PairFactor("label", 0.0)],
+    "preference.PairProbability": [PairProbability(0.0), PairProbability(Linear(0.0, 2.0))],
+    "preference.SharedLength": [SharedLength(0.0), SharedLength(1.0, "old", 0.3)],
+    "preference.SortedMargins": [SortedMargins("sides", beta=0.5)],
+    "preference.LogisticExponential": [LogisticExponential(1.0, "teacher", Linear(0.05, 0.2))],
+    "preference.SteeperPairs": [SteeperPairs(Pairwise(f="hinge", margin=0.2), "label"), SteeperPairs(Pairwise("squared"), "label")],
+    "preference.SelfLabelled": [SelfLabelled(Pairwise(margin=0.3, gap="reward"), 0.5)],
+    "process.ImplicitProcessReward": [ImplicitProcessReward("old", "behaviour", 0.3, Linear(1.0, 0.0), 0.0)],
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "covariance.CovarianceDrop": {"clip": [None, mask.RatioClip(0.01, 0.01)], "seed": [1, 2, 3], "low": [0.0], "high": [0.0, 0.1]},
     "covariance.CovariancePenalty": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},
+    "preference.SteeperPairs": {"inner": [Pairwise(beta=0.2)]},
+    "preference.SelfLabelled": {"inner": [Pairwise(beta=0.2)]},
     "future.FutureRatio": {"low": [0.9, 1.05], "high": [1.05], "ignore": [1.0, 1.2], "spare": [1.0], "half_life": [0.5, 64.0]},
 }
-REQUIRED: dict[str, dict[str, Any]] = {}
+REQUIRED: dict[str, dict[str, Any]] = {"preference.SteeperPairs": {"by": "label"}, "preference.PairFactor": {"by": "label"}}
 
 
 @pytest.mark.parametrize("name", TERMS)

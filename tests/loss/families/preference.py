@@ -13,7 +13,7 @@ from torch import Tensor
 from posttrain.advantage import Reward
 from posttrain.records import Row
 from tests.loss import naive
-from tests.loss.cases import Case, Data, advantages
+from tests.loss.cases import LOO, Case, Data, advantages
 from tests.loss.naive import Sequence, total
 
 
@@ -36,7 +36,9 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
         source = "demo" if i < 3 else "policy"
         for side in ("chosen", "rejected"):
             score = round(rng.gauss(0.3 if side == "chosen" else -0.3, 0.5), 3)
-            known = {"score": score, **({"label": label, "margin": margin} if side == "chosen" else {"margin": 0.0})}
+            known = {"score": score, "margin": 0.0}
+            if side == "chosen":
+                known |= {"label": label, "margin": margin, "deviation": round(rng.random(), 3)}
             add(source, pair=f"p{i}", side=side, rewards=known)
             source = "demo"  # the last pair: the policy's own answer against a given one
     for i in range(2):
@@ -63,13 +65,14 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
             logp = [math.nan, *model.alone(s["ids"]).tolist()]
         # log-ratios on both sides of 0, of different mean: KL estimates above 0, answers above and below the base
         s["base"] = [math.nan, *(x - rng.gauss(0.1, 2 * spread) for x in logp[1:])]
-        sampled = [x - 0.1 if source == "policy" else math.nan for x, source in zip(logp, s["sources"], strict=True)]
+        for name in ("old", "behaviour", "teacher"):
+            s[name] = [x - rng.gauss(0.0, spread) if on == "policy" else math.nan for x, on in zip(logp, s["sources"], strict=True)]
         rows.append(
             Row(
                 ids=s["ids"],
                 sources=s["sources"],
                 trainable=s["trainable"],
-                logps={"base": s["base"], "old": sampled, "behaviour": sampled},
+                logps={name: s[name] for name in ("base", "old", "behaviour", "teacher")},
                 advantage=values.get(i, 1.0),
                 group=s.get("question"),
                 pair=s.get("pair"),
@@ -360,26 +363,142 @@ def xpo(seqs: list[Sequence], alpha: float = 1e-5) -> Tensor:
     return dpo(seqs, kind="mixed") - alpha * total([logp(s) for s in found]) / len(found)
 
 
+def f_dpo(seqs: list[Sequence], derivative: Callable[[Tensor], Tensor], beta: float = 0.1) -> Tensor:
+    """arXiv 2309.16240: ``h`` is the difference of ``f'(ratio)``, the ratio that of whole answers."""
+    return over_pairs(seqs, lambda w, r: -log_sigmoid(beta * (derivative(torch.exp(ratio(w))) - derivative(torch.exp(ratio(r))))))
+
+
+def forward_kl(u: Tensor) -> Tensor:
+    return -1 / u
+
+
+def jensen_shannon(u: Tensor) -> Tensor:
+    return torch.log(2 * u / (1 + u))
+
+
+def alpha_divergence(u: Tensor, alpha: float = 0.5) -> Tensor:
+    return (1 - u**-alpha) / alpha
+
+
+def wpo(seqs: list[Sequence], one_sided: bool = False) -> Tensor:
+    def loss(w: Sequence, r: Sequence) -> Tensor:
+        weight = torch.exp(mean_logp(w) + (0.0 if one_sided else mean_logp(r))).detach()
+        return -weight * log_sigmoid(0.1 * (ratio(w) - ratio(r)))
+
+    return over_pairs(seqs, loss)
+
+
+def wpo_with_live_weight(seqs: list[Sequence]) -> Tensor:
+    return over_pairs(seqs, lambda w, r: -torch.exp(mean_logp(w) + mean_logp(r)) * log_sigmoid(0.1 * (ratio(w) - ratio(r))))
+
+
+def aot(seqs: list[Sequence], beta: float = 0.1) -> Tensor:
+    found = pairs(seqs)
+    now = sorted((logp(w) - logp(r) for w, r in found), key=float)
+    was = sorted(sum(w["base"][t] for t in tokens(w)) - sum(r["base"][t] for t in tokens(r)) for w, r in found)
+    return total([log_sigmoid(beta * (u - v)) for u, v in zip(now, was, strict=True)]) / len(found)
+
+
+def aot_of_sides(seqs: list[Sequence], beta: float = 0.1) -> Tensor:
+    found = pairs(seqs)
+    up, down = (sorted((ratio(pair[side]) for pair in found), key=float) for side in (0, 1))
+    return total([log_sigmoid(beta * (u - v)) for u, v in zip(up, down, strict=True)]) / len(found)
+
+
+def ld_dpo(seqs: list[Sequence], beyond: float = 0.5, beta: float = 0.1) -> Tensor:
+    def loss(w: Sequence, r: Sequence) -> Tensor:
+        shared = min(len(tokens(w)), len(tokens(r)))
+
+        def score(s: Sequence) -> Tensor:
+            return total([(s["l"][t] - s["base"][t]) * (1.0 if n < shared else beyond) for n, t in enumerate(tokens(s))])
+
+        return -log_sigmoid(beta * (score(w) - score(r)))
+
+    return over_pairs(seqs, loss)
+
+
+def discopop(seqs: list[Sequence], beta: float = 0.1, tau: float = 0.05) -> Tensor:
+    def loss(w: Sequence, r: Sequence) -> Tensor:
+        x = beta * (ratio(w) - ratio(r))
+        g = sigmoid(x / tau)
+        return -(1 - g) * log_sigmoid(x) + g * torch.exp(-x)
+
+    return over_pairs(seqs, loss)
+
+
+def ddpo(seqs: list[Sequence], weight: Callable[[float], float] = lambda d: 1 + d) -> Tensor:
+    return over_pairs(seqs, lambda w, r: -weight(w["rewards"]["deviation"]) * log_sigmoid(0.1 * (ratio(w) - ratio(r))))
+
+
+def dorpo(seqs: list[Sequence], inside: bool = True) -> Tensor:
+    def loss(w: Sequence, r: Sequence) -> Tensor:
+        weight, h = 1 + w["rewards"]["deviation"], log_odds(w) - log_odds(r)
+        return -log_sigmoid(weight * h) if inside else -weight * log_sigmoid(h)
+
+    found = [w for w, _ in pairs(seqs)]
+    nll = -total([(1 + w["rewards"]["deviation"]) * logp(w) for w in found]) / sum(len(tokens(w)) for w in found)
+    return 0.1 * over_pairs(seqs, loss) - nll
+
+
+def step_apo(seqs: list[Sequence], beta: float = 0.3, sign: float = 1.0) -> Tensor:
+    return over_pairs(
+        seqs, lambda w, r: -log_sigmoid(beta * (ratio(w) - ratio(r)) - sign * (w["rewards"]["score"] - r["rewards"]["score"]))
+    )
+
+
+def tpo(seqs: list[Sequence], beta: float = 0.01, coef: float = 1.0) -> Tensor:
+    gold = labelled(seqs)
+    preference = over_pairs(seqs, lambda w, r: -log_sigmoid(beta * (logp(w) - logp(r))))
+    return preference + coef * total([logp(s) for s in gold]) / sum(len(tokens(s)) for s in gold)
+
+
+def prime(seqs: list[Sequence], outcome: float = 5.0, process: float = 5.0, beta: float = 0.05, whiten: bool = True) -> Tensor:
+    """The released advantage: leave-one-out rewards of tokens, summed from the end, plus the outcome's, whitened; then the clipped surrogate."""
+    rollouts = [s for s in seqs if s.get("question", "").startswith("q")]
+    advantage: dict[tuple[int, int], float] = {}
+    for i, s in enumerate(rollouts):
+        group = [o for o in rollouts if o["question"] == s["question"]]
+        k = len(group)
+
+        def reward(o: Sequence, t: int) -> float:
+            return beta * (o["teacher"][t] - o["base"][t])
+
+        baseline = sum(sum(reward(o, t) for t in tokens(o)) / len(tokens(o)) for o in group) / (k - 1)
+        for n, t in enumerate(tokens(s)):
+            later = sum(reward(s, u) * k / (k - 1) - baseline for u in tokens(s)[n:])
+            advantage[i, t] = outcome * naive.advantage_loo(seqs, s) + process * later
+    values = list(advantage.values())
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) + 1e-8)
+    out = []
+    for (i, t), a in advantage.items():
+        out.append(naive.surrogate(rollouts[i], t, (a - mean) / deviation if whiten else a))
+    return total(out) / len(out)
+
+
 # -- what is compared ----------------------------------------------------------------------------------------------------------------
+KINDS = ("given", "own", "mixed", "gold")
+
+
 @cache
 def only(seed: int, advantage: Callable | None = None, spread: float = 0.25, *, kind: str = "given") -> Data:
     """:func:`make` with what one kind of stream learns from, because streams select by source alone: ``given``, ``own`` or ``mixed`` pairs,
-    ``labelled`` answers, or ``lists``; beside it rollouts and answers under other prompts."""
+    ``labelled`` answers, ``gold`` ones beside given pairs, or ``lists``; with it rollouts and answers under other prompts."""
     data = make(seed, advantage, spread)
-    wanted = {id(s) for pair in pairs(data.seqs, kind) for s in pair} if kind in ("given", "own", "mixed") else set()
+    wanted = {id(s) for pair in pairs(data.seqs, "given" if kind == "gold" else kind) for s in pair} if kind in KINDS else set()
 
     def keep(s: Sequence) -> bool:
         if s["context"] or s.get("question", "").startswith("q"):
             return True
         if "pair" in s:
             return id(s) in wanted
-        return kind == ("labelled" if "label" in s["rewards"] else "lists")
+        return kind in ("labelled", "gold") if "label" in s["rewards"] else kind == "lists"
 
     here = [i for i, s in enumerate(data.seqs) if keep(s)]
     return Data([data.seqs[i] for i in here], [data.rows[i] for i in here], data.model)
 
 
-OWN, MIXED, ANSWERS, SCORED = (partial(only, kind=kind) for kind in ("own", "mixed", "labelled", "lists"))
+OWN, MIXED, ANSWERS, SCORED, GOLD = (partial(only, kind=kind) for kind in ("own", "mixed", "labelled", "lists", "gold"))
 PAIRS, LABELLED, LISTS = "streams.pairs.advantage", "streams.labelled.advantage", "streams.lists.advantage"
 
 
@@ -442,4 +561,22 @@ CASES: dict[str, Case] = {
         overrides=("streams.optimism.coef=0.1",),
         data=MIXED,
     ),
+    "f_dpo": case("f_dpo", partial(f_dpo, derivative=forward_kl), dpo, partial(f_dpo, derivative=alpha_divergence)),
+    "f_dpo, Jensen-Shannon": case(
+        "dpo", partial(f_dpo, derivative=jensen_shannon), dpo, overrides=(f"{PAIRS}.transform=log_sigmoid",), spread=0.5
+    ),
+    "f_dpo, alpha divergence": case(
+        "f_dpo", partial(f_dpo, derivative=alpha_divergence), dpo, overrides=(f"{PAIRS}.alpha=0.5",), spread=0.5
+    ),
+    "wpo": case("wpo", wpo, dpo, wpo_with_live_weight, partial(wpo, one_sided=True)),
+    "aot": case("aot", aot, dpo, aot_of_sides, spread=1.0),
+    "aot of sides": case("aot", aot_of_sides, aot, dpo, overrides=(f"{PAIRS}.of=sides",), spread=1.0),
+    "ld_dpo": case("ld_dpo", ld_dpo, dpo, partial(ld_dpo, beyond=0.0)),
+    "discopop": case("discopop", discopop, dpo, partial(discopop, tau=0.1)),
+    "ddpo": case("ddpo", ddpo, dpo, partial(ddpo, weight=lambda d: d)),
+    "dorpo": case("dorpo", dorpo, orpo, partial(dorpo, inside=False)),
+    "step_apo": case("step_apo", step_apo, partial(step_apo, sign=-1.0), partial(step_apo, sign=0.0)),
+    "tpo": case("tpo", tpo, cpo, partial(tpo, coef=0.5), data=GOLD),
+    "ids": case("ids", dpo, cdpo, partial(dpo, beta=0.2)),
+    "prime": Case("prime", prime, LOO, wrong=(partial(prime, process=0.0), partial(prime, whiten=False)), spread=0.3, data=only),
 }
