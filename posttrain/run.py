@@ -126,8 +126,9 @@ def export_checkpoint(run_dir: Path, stage: str | None, step: int | None, out: s
     import yaml
 
     from posttrain.build import export_from_checkpoint
-    from posttrain.cli import build_config, compose_loss
+    from posttrain.cli import build_config
     from posttrain.doctor import resources
+    from posttrain.paths import CONFIGS
 
     listed = run_dir / "config.yaml"
     if not listed.exists():
@@ -140,9 +141,9 @@ def export_checkpoint(run_dir: Path, stage: str | None, step: int | None, out: s
     settings = yaml.safe_load((run_dir / "stages" / f"{name}.yaml").read_text())
     # the weights need neither data nor rewards nor the loss they were learnt with, which may be the user's own and not be there any more
     settings |= {"data": {}, "reward": {}, "advantage": None, "mixture": {}, "cluster": {**settings["cluster"], **(cluster_settings or {})}}
+    settings["loss"] = yaml.safe_load((CONFIGS / "loss" / "sft.yaml").read_text())
     settings["rollout"]["strategy"] = None
     config = build_config(settings)
-    config.loss = compose_loss("sft")
     config.model.path = _moved(checkpoint.verify(path)["model_path"], run_dir)
     gpus = config.learner.world_size * config.cluster.gpus_per_learner if config.cluster.device == "cuda" else 0.0
     resources(config.cluster, gpus)
