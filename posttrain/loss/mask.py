@@ -522,3 +522,198 @@ def _kth_largest(values: Tensor, share: float) -> float:
     """The value that ``ceil(share * n)`` of ``values`` reach; minus infinity when there are none."""
     k = math.ceil(round(share * len(values), 9))
     return float(torch.topk(values, min(max(k, 1), len(values))).values[-1]) if len(values) else -math.inf
+
+
+@dataclass(frozen=True)
+class Disagreement(_Ratio):
+    """Drop tokens or whole answers on which two policies differ by more than a bound, in either direction.
+
+    Equation: ``[s <= max]`` with ``rho = pi_over / pi_to`` and ``s = log(rho)**2 / 2`` (``k2``), ``rho - 1 - log rho`` (``k3``) or ``|log rho|`` (``abs``) of the
+    token, or its mean, sum or largest value over the answer.
+    Source: rejection rules of rollout correction (several frameworks; Yao et al. 2025).
+
+    ``statistic``, ``max``: what is compared with which bound.  ``per``: ``token``, ``mean``, ``sum`` or ``worst``, the last three for whole answers.
+    ``to``, ``over``: the ratio is ``over / to``.
+
+    Wrong when: the bound was tuned at another ``per``: a sum grows with the length and a mean does not.
+    """
+
+    statistic: Literal["k2", "k3", "abs"] = "k3"
+    max: Scalar = 0.1
+    per: Literal["token", "mean", "sum", "worst"] = "token"
+    to: str = "behaviour"
+    over: str = "old"
+    level = None
+
+    def __post_init__(self) -> None:
+        self._check(max=0.0)
+        for name, value, known in (
+            ("statistic", self.statistic, ("k2", "k3", "abs")),
+            ("per", self.per, ("token", "mean", "sum", "worst")),
+        ):
+            if value not in known:
+                raise ValueError(f"mask.Disagreement: {name}={value!r} does not exist; choose from {', '.join(known)}")
+
+    @property
+    def coupling(self) -> str:
+        return "token" if self.per == "token" else "sequence"
+
+    @property
+    def formula(self) -> str:
+        return f"keep({self.statistic} of {self.ratio} per {self.per} <= {number(self.max)})"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        d = view.log_ratio(self.to, self.over, "token")
+        s = {"k2": lambda: d * d / 2, "k3": lambda: torch.expm1(d) - d, "abs": d.abs}[self.statistic]()
+        if self.per == "worst":
+            s = view.spread(view.seq_max(s))
+        elif self.per != "token":
+            s = view.spread(view.seq_mean(s) if self.per == "mean" else view.seq_sum(s))
+        return (s <= view.at(self.max)).to(d.dtype)
+
+
+@dataclass(frozen=True)
+class SecondMoment(_Ratio):
+    """Drop the tokens furthest from the sampling policy until the second moment of the log-ratio is within a bound.
+
+    Equation: ``[|d[t]| <= b]`` on the tokens looked at, 1 on the others; ``b`` is the largest ``|d|`` among them for which the mean of ``min(d**2, b**2)``
+    (``capped``), or of the ``d**2`` up to ``b**2`` (``remaining``), is at most ``tau``.
+    Source: M2PO, arXiv 2510.01161; ``capped`` and ``harmful`` as released.
+
+    ``tau``: the bound on the second moment.  ``rule``: what the tokens beyond ``b`` still contribute.  ``tokens``: ``harmful`` ones, whose ratio has left 1 in
+    the direction of their advantage, or ``all``.  ``to``, ``over``: the log-ratio is ``log(over / to)``.
+
+    Wrong when: one outlier is all there is: it alone decides ``b``.  Means over a micro-batch, as in releases, drop other tokens.
+    """
+
+    tau: Scalar = 0.04
+    rule: Literal["capped", "remaining"] = "capped"
+    tokens: Literal["harmful", "all"] = "harmful"
+    to: str = "old"
+    over: str = "self"
+    level = None
+    coupling = "batch"
+    live = True
+
+    def __post_init__(self) -> None:
+        self._check(tau=0.0)
+        if self.rule not in ("capped", "remaining") or self.tokens not in ("harmful", "all"):
+            raise ValueError(f"mask.SecondMoment: rule={self.rule!r} is capped or remaining, tokens={self.tokens!r} is harmful or all")
+
+    @property
+    def formula(self) -> str:
+        return f"keep(|log {self.ratio}| <= b) [b: {self.rule} second moment <= {number(self.tau)}, {self.tokens} tokens]"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        view.require_whole("mask.SecondMoment")
+        d = view.log_ratio(self.to, self.over, "token")
+        looked_at = view.on if self.tokens == "all" else view.on & (advantage * d > 0)
+        bound = self._bound(d[looked_at].abs(), view.at(self.tau))
+        return (~(looked_at & (d.abs() > bound))).to(d.dtype)
+
+    def _bound(self, sizes: Tensor, tau: float) -> float:
+        """The largest of ``sizes`` that keeps the second moment within ``tau``, 0 when none does."""
+        ordered = torch.sort(sizes).values
+        squares = ordered.double() ** 2
+        within, ranks = torch.cumsum(squares, 0), torch.arange(1, len(squares) + 1, device=squares.device)
+        beyond = (len(squares) - ranks) * squares
+        moment = (within + beyond) / max(len(squares), 1) if self.rule == "capped" else within / ranks
+        fitting = (moment <= tau).nonzero()[:, 0]
+        return float(ordered[int(fitting[-1])]) if len(fitting) else 0.0
+
+
+@dataclass(frozen=True)
+class StaleNegative(_Ratio):
+    """Drop whole answers with a negative advantage that the policy has moved away from.
+
+    Equation: ``1 - [A < 0 and mean log(pi_to / pi) > delta]``.
+    Source: off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556.
+
+    ``delta``: the mean distance in nats per token; ``inf`` drops nothing.  ``to``: the policy that sampled, ``behaviour`` or ``old``.
+
+    Wrong when: the advantage changes its sign within an answer: tokens, not answers, are then dropped.
+    """
+
+    delta: Scalar = 0.5
+    to: str = "behaviour"
+    over = "self"
+    level = "sequence_geometric"
+
+    def __post_init__(self) -> None:
+        self._check(delta=0.0)
+
+    @property
+    def formula(self) -> str:
+        return f"keep(A > 0 or mean log(pi_{self.to}/pi) <= {number(self.delta)})"
+
+    def factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        d = self.log_ratio(view)
+        return (~((advantage < 0) & (-d > view.at(self.delta)))).to(d.dtype)
+
+
+@dataclass(frozen=True)
+class GammaTaper(_Ratio):
+    """A smooth weight of the answer's ratio that is 1 at 1, a little more beside it, and falls to 0 in both directions.
+
+    Equation: ``exp(lam + k log W - lam W)`` with ``W`` the ratio at ``level``; its maximum is at ``k / lam``.
+    Source: VESPO, arXiv 2602.10693.  It is a weight of its own, not a correction of one: the stream's reference is the current policy.
+
+    ``pos``, ``neg``: ``[k, lam]`` where ``A >= 0`` and where ``A < 0``.  ``to``, ``over``, ``level``: the ratio is ``over / to``; the product over the answer
+    is published.
+
+    Wrong when: the stream's reference already holds the ratio.
+    """
+
+    pos: tuple[float, float] = (2.0, 3.0)
+    neg: tuple[float, float] = (3.0, 2.0)
+    to: str = "old"
+    over: str = "self"
+    level: Level | None = "sequence"
+
+    def __post_init__(self) -> None:
+        self._check()
+        for name in ("pos", "neg"):
+            pair = tuple(float(x) for x in getattr(self, name))
+            if len(pair) != 2 or min(pair) <= 0:
+                raise ValueError(f"mask.GammaTaper: {name}={list(pair)} must be two numbers above 0, the power and the rate")
+            object.__setattr__(self, name, pair)
+
+    @property
+    def formula(self) -> str:
+        (k, lam), (k_neg, lam_neg) = self.pos, self.neg
+        return f"exp(m + k log W - m W) [W = {self.ratio}, (k, m) = ({k:g}, {lam:g}) where A >= 0, else ({k_neg:g}, {lam_neg:g})]"
+
+    def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        d = self.log_ratio(view)
+        k, lam = (torch.where(advantage < 0, torch.full_like(d, self.neg[i]), self.pos[i]) for i in (0, 1))
+        return torch.where(d > 80.0, -torch.inf, k * d - lam * torch.expm1(d.clamp(max=80.0)))
+
+
+@dataclass(frozen=True)
+class NegativeTaper(_Ratio):
+    """Weigh negative advantages by how likely the answer still is; leave positive ones alone.
+
+    Equation: ``min(r, max)`` where ``A < 0``, 1 elsewhere.
+    Source: TOPR, arXiv 2503.14286, with the ratio of the whole answer; one framework uses that of the token.
+
+    ``max``: the largest weight, 1 as published.  ``to``, ``over``, ``level``: the ratio is ``over / to``; ``to`` is the policy that sampled, and without it the
+    taper is an error, not 1.
+
+    Wrong when: the stream's reference already holds the ratio: it is to be the current policy.
+    """
+
+    max: Scalar = 1.0
+    to: str = "behaviour"
+    over: str = "self"
+    level: Level | None = "sequence"
+
+    def __post_init__(self) -> None:
+        self._check(max=0.0)
+
+    @property
+    def formula(self) -> str:
+        return f"(A < 0 ? min({self.ratio}, {number(self.max)}) : 1)"
+
+    def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
+        d = self.log_ratio(view)
+        return torch.where(advantage < 0, d.clamp(max=_log(view.at(self.max), "max of mask.NegativeTaper")), torch.zeros_like(d))

@@ -125,6 +125,11 @@ class TokenView:
         """Mean over each sequence's tokens in the stream, ``[S]``; 0 for a sequence without any."""
         return self.seq_sum(values) / self.seq_len().clamp(min=1)
 
+    def seq_max(self, values: Tensor) -> Tensor:
+        """Largest of ``values`` over each sequence's tokens in the stream, ``[S]``; minus infinity for a sequence without any."""
+        out = torch.full((self.num_sequences,), -torch.inf, dtype=values.dtype, device=values.device)
+        return out.scatter_reduce(0, self.batch.seq, self.select(values, -torch.inf), "amax")
+
     def spread(self, per_sequence: Tensor) -> Tensor:
         """``[S]`` -> ``[N]``: every token gets its sequence's number."""
         return per_sequence[self.batch.seq]
