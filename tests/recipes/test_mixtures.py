@@ -1,0 +1,40 @@
+"""Mixtures of demonstrations and rollouts, and distillation, for a few steps with a tiny model and the real engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from posttrain.testing.tiny import create_tiny_model
+from tests.recipes.conftest import SMALL, train
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+WORLD = ["recipe=grpo", *SMALL, "data=composition", "reward=world", "data.train.num=64", "check.weights_moved=false", "learner.lr=1e-3", "steps=2"]
+SIZES = ["rollout.prompts_per_step=4", "rollout.n=3", "rollout.max_tokens=12"]
+DEMOS = ["+data.demos={_target_: posttrain.data.worlds.composition.Composition, split: train, num: 64, max_depth: 2}"]
+
+
+def test_unsolved_prompts_are_learnt_from_their_demonstrations(tmp_path: Path) -> None:
+    """A random model solves nothing, so every group is replaced."""
+    run = train(tmp_path, *WORLD, *SIZES, *DEMOS, "loss=hpt", "mixture=hpt", "advantage=group_center")
+    for row in run.rows:
+        assert row["mixture/demonstrations"] == row["mixture/groups_left_out"] == 4.0 and row["reward/mean"] == 0.0
+        assert row["demos/tokens"] > 0 and row["rollouts/tokens"] == 0 and row["data/dropped/replaced_by_demonstration"] == 12.0
+
+
+def test_a_demonstration_in_every_group(tmp_path: Path) -> None:
+    run = train(tmp_path, *WORLD, *SIZES, *DEMOS, "loss=luffy", "mixture=luffy", "advantage=group_center")
+    for row in run.rows:
+        assert row["mixture/injected"] == 4.0 and row["reward/mean"] == 0.0
+        assert row["demos/advantage_abs"] == pytest.approx(0.75) and row["rollouts/advantage_abs"] == pytest.approx(0.25)
+
+
+def test_a_student_learns_from_its_teacher_on_its_own_samples(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "num_heads": 3, "num_kv_heads": 1, "num_layers": 1, "intermediate_size": 96}
+    teacher = create_tiny_model(tmp_path / "teacher", seed=5, **sizes)
+    words = ["loss=on_policy_distillation", "advantage=constant", f"model.teacher={teacher}", "rollout.n=1", "rollout.prompts_per_step=16", "steps=4"]
+    run = train(tmp_path / "run", *WORLD, *SIZES[2:], *words)
+    distance = [-row["rollouts/log_ratio"] for row in run.rows]
+    assert min(distance) > 0 and distance[-1] < distance[0]
