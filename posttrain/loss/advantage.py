@@ -256,6 +256,60 @@ class Whiten:
 
 
 @dataclass(frozen=True)
+class GroupCenter:
+    """Another advantage less its mean over the group, whatever the answers were sampled from.
+
+    Equation: ``(v_i - mean v) / divide`` with ``v_i`` the mean of ``inner`` over the answer.  With ``inner = A - beta log(pi/pi_to)`` of whole answers it is
+    the gradient of the group variance ``1/(2(k-1)) sum (v_i - mean v)**2`` over ``beta``, which is least exactly where ``pi ~ pi_to exp(A/beta)``:
+    the unknown log-partition leaves with the mean.
+    Source: GVPO, arXiv 2504.19599; over pairs: CoPG, arXiv 2406.19185, and REBEL, arXiv 2404.16767.
+
+    ``inner``: the advantage term.  ``divide``: by nothing (``none``), the number of answers (``size``) or one less (``peers``).  An answer that nothing is
+    learnt from does not count; a group of one gives 0.
+
+    Wrong when: the rewards are normalised, which changes the temperature of the optimum from group to group: take ``advantage=reward`` or
+    ``group_center``.  A cut group costs a second pass.
+    """
+
+    inner: Any = field(default_factory=lambda: ColumnMinusKL(over="self", credit="sequence"))
+    divide: Literal["none", "size", "peers"] = "peers"
+    coupling = "group"
+    live = True
+
+    def __post_init__(self) -> None:
+        if self.divide not in ("none", "size", "peers"):
+            raise ValueError(f"advantage.GroupCenter: divide={self.divide!r} does not exist; choose none, size or peers")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(getattr(self.inner, "needs", ()))
+
+    @property
+    def reads_column(self) -> bool:
+        return bool(getattr(self.inner, "reads_column", False))
+
+    @property
+    def formula(self) -> str:
+        inner = getattr(self.inner, "formula", type(self.inner).__name__)
+        return f"({inner} - group mean)" + {"none": "", "size": "/k", "peers": "/(k-1)"}[self.divide]
+
+    def values(self, view: TokenView) -> Tensor:
+        group, here = view.batch.group, view.seq_len() > 0
+        alone = here & (group < 0)
+        if bool(alone.any()):
+            sample = view.batch.sample_ids[int(alone.nonzero()[0])]
+            raise ValueError(f"stream {view.name!r}: advantage.GroupCenter compares the answers of a group; sample {sample!r} is in none")
+        each = torch.where(here, view.seq_mean(self.inner.values(view)), 0.0)
+        count = view.code_count(group, here).to(each.dtype)
+        centred = each - view.code_sum(group, each) / count.clamp(min=1)
+        centred = centred / {"none": torch.ones_like(count), "size": count, "peers": count - 1}[self.divide].clamp(min=1)
+        return view.spread(torch.where(here & (count > 1), centred, 0.0))
+
+    def metrics(self, view: TokenView) -> Metrics:
+        return self.inner.metrics(view) if hasattr(self.inner, "metrics") else {}
+
+
+@dataclass(frozen=True)
 class Pairwise:
     """A preference pair: push the chosen answer up and the rejected one down, less and less as the margin is reached.
 

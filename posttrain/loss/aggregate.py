@@ -181,6 +181,26 @@ class GroupSum:
 
 
 @dataclass(frozen=True)
+class GroupSumTokenMean:
+    """The mean over groups of sums over their answers of means over tokens.
+
+    Equation: ``1 / (N_grp * T_i)``.
+    Source: objectives stated per prompt on *mean* log-probabilities: rewards as labels, arXiv 2602.05630.
+
+    Wrong when: the score of an answer is a sum over its tokens; use :class:`GroupSum`.
+    """
+
+    coupling = "sequence"
+
+    @property
+    def formula(self) -> str:
+        return "1/(N_grp T_i)"
+
+    def coefficient(self, view: TokenView, kept: Tensor | None = None) -> Tensor:
+        return view.spread(1.0 / (max(view.totals.groups, 1) * view.seq_len().clamp(min=1)))
+
+
+@dataclass(frozen=True)
 class PairSum:
     """The mean over preference pairs of sums over tokens.
 

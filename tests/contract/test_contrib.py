@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 
 from posttrain import contrib
+from posttrain.contrib.classification import GroupClassification
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
-from posttrain.contrib.preference import LogisticExponential, PairFactor, PairProbability, SelfLabelled, SharedLength, SortedMargins, SteeperPairs
+from posttrain.contrib.preference import (
+    LogisticExponential,
+    PairFactor,
+    PairProbability,
+    SelfLabelled,
+    SharedLength,
+    SortedMargins,
+    SteeperPairs,
+)
 from posttrain.contrib.process import ImplicitProcessReward
 from posttrain.loss import aggregate, mask
 from posttrain.loss.advantage import Pairwise
@@ -29,6 +38,7 @@ TERMS = {
 }
 # Settings from which every field of a class can be seen to act, and values for fields that cannot be guessed from their type.
 VARIANTS: dict[str, list[Any]] = {
+    "classification.GroupClassification": [GroupClassification("base", 2.0)],
     "covariance.CovarianceDrop": [
         CovarianceDrop(0.3, -5.0, 5.0),
         CovarianceDrop(0.3, -1.0, Linear(0.5, 1.0), clip=mask.RatioClip(0.01, 0.01)),

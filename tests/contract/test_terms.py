@@ -47,6 +47,11 @@ VARIANTS: dict[str, list[Any]] = {
         advantage.ColumnMinusKL(over="behaviour", coef=Linear(0.0, 1.0)),
         advantage.ColumnMinusKL(gamma=0.9),
     ],
+    "advantage.GroupCenter": [
+        *(advantage.GroupCenter(divide=divide) for divide in ("none", "size")),
+        advantage.GroupCenter(advantage.ColumnMinusKL(Linear(0.0, 1.0), to="behaviour", over="self", credit="sequence")),
+        advantage.GroupCenter(advantage.Column()),
+    ],
     "advantage.Whiten": [
         advantage.Whiten(advantage.ColumnMinusKL(over="behaviour"), "sequences", False, 1, 0.1, "variance"),
         advantage.Whiten(advantage.One()),
@@ -124,6 +129,7 @@ VARIANTS: dict[str, list[Any]] = {
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "advantage.ColumnMinusKL": {"gamma": [0.5]},
+    "advantage.GroupCenter": {"inner": [advantage.Column()]},
     "advantage.Whiten": {"inner": [advantage.ColumnMinusKL()], "ddof": [1], "eps": [0.5]},
     "advantage.Pairwise": {"label": ["label"], "gap": ["reward"], "limit": [0.2, 0.5]},
     "advantage.Pointwise": {"label": ["side"]},
