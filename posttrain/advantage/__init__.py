@@ -1,7 +1,7 @@
 """Rewards -> advantages, on the controller, before the batch is packed.  An estimator is a callable ``groups -> groups``."""
 
 from posttrain.advantage.group import BatchWhiten, Chain, GroupAdvantage, Reward, statistics
-from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline, RunningBaseline
+from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline, PromptBaseline, RunningBaseline, soft_maximum
 from posttrain.advantage.plain import Constant, PositivePart
 from posttrain.advantage.step import BatchScale, BetaNorm, DropOutliers, LiveGroups, PerReward
 
@@ -19,7 +19,9 @@ __all__ = [
     "LiveGroups",
     "PerReward",
     "PositivePart",
+    "PromptBaseline",
     "Reward",
     "RunningBaseline",
+    "soft_maximum",
     "statistics",
 ]

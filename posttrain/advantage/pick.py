@@ -82,6 +82,47 @@ class GreedyBaseline:
 
 
 @dataclass(frozen=True)
+class PromptBaseline:
+    """A number known of the prompt beforehand as baseline: a value estimated once, or a soft maximum of earlier rewards.
+
+    Equation: ``A_i = max(R_i - meta[key], floor)``.
+    Source: A*-PO, arXiv 2505.20686 (``v_star``, see :func:`soft_maximum`); A-LoL, arXiv 2305.14718 (the value of the base policy, floor 0); DRO, arXiv
+    2405.19107.
+
+    ``key``: the column of the data set that holds the number, one per prompt.  ``floor``: null for none; 0 never pushes an answer down.
+
+    Wrong when: the number belongs to another policy, reward or temperature than the run's.
+    """
+
+    key: str
+    floor: float | None = None
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        out = []
+        for group in groups:
+            baseline = group.prompt.meta.get(self.key)
+            if not isinstance(baseline, (int, float)) or not math.isfinite(baseline):
+                raise ValueError(
+                    f"prompt {group.id!r}: advantage PromptBaseline needs a number in the column {self.key!r}, not {baseline!r}; its other columns are "
+                    f"{', '.join(map(str, group.prompt.meta)) or 'none'}"
+                )
+            values = [r - baseline for r in rewards_of(group)]
+            out.append(_with(group, values if self.floor is None else [max(v, self.floor) for v in values]))
+        return out
+
+
+def soft_maximum(rewards: Sequence[float], beta: float) -> float:
+    """``beta log mean exp(R / beta)``: the value of the KL-regularised optimum at temperature ``beta``, from rewards of base samples.
+
+    It lies between their mean (``beta`` to infinity) and their maximum (``beta`` to 0).
+    """
+    if not rewards or not beta > 0:
+        raise ValueError(f"soft_maximum needs rewards and beta above 0, not {len(rewards)} rewards and beta={beta}")
+    best = max(rewards)
+    return best + beta * math.log(math.fsum(math.exp((r - best) / beta) for r in rewards) / len(rewards))
+
+
+@dataclass(frozen=True)
 class Extremes:
     """Keep the best and the worst samples of a group; the others get no advantage and leave the step.
 

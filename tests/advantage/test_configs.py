@@ -23,6 +23,7 @@ from posttrain.advantage import (
     LiveGroups,
     PerReward,
     PositivePart,
+    PromptBaseline,
     Reward,
     RunningBaseline,
 )
@@ -44,6 +45,7 @@ EXPECTED = {
     "best_minus_second": BestMinusSecond(),
     "greedy": GreedyBaseline(),
     "running_baseline": RunningBaseline(),
+    "prompt_baseline": PromptBaseline("v_star"),
     "whiten_without_outliers": Chain({"whiten": BatchWhiten("sequences"), "outliers": DropOutliers()}),
     "best_of_k": Chain({"one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}),
     "constant": Constant(),

@@ -21,7 +21,9 @@ from posttrain.advantage import (
     GroupAdvantage,
     LiveGroups,
     PerReward,
+    PromptBaseline,
     RunningBaseline,
+    soft_maximum,
 )
 from posttrain.advantage.group import Estimator
 from posttrain.config import needs_group
@@ -126,6 +128,26 @@ def test_running_baseline_is_compared_before_it_moves_and_survives() -> None:
     fresh = Chain({"base": RunningBaseline(0.5), "whiten": BatchWhiten("sequences")})
     fresh.load_state_dict(chain.state_dict())
     assert fresh.steps["base"].baselines == {"default": 0.25}  # type: ignore[union-attr]
+
+
+def test_a_baseline_known_of_the_prompt() -> None:
+    told = group(1.0, 0.0, None)
+    told = replace(told, prompt=replace(told.prompt, meta={"v_star": 0.25, "text": "x"}))
+    assert values(PromptBaseline("v_star"), told) == [0.75, -0.25, None]
+    assert values(PromptBaseline("v_star", floor=0.0), told) == [0.75, 0.0, None]
+    for key, shown in (("value", "None"), ("text", "'x'")):
+        with pytest.raises(ValueError, match=rf"prompt 'q': .*column '{key}', not {shown}; its other columns are v_star, text"):
+            values(PromptBaseline(key), told)
+
+
+def test_soft_maximum_lies_between_mean_and_maximum() -> None:
+    rewards = [1.0, 0.0, 0.0, 0.0]
+    assert soft_maximum(rewards, 1e6) == pytest.approx(0.25, abs=1e-6) and soft_maximum(rewards, 1e-3) == pytest.approx(1.0, abs=2e-3)
+    assert soft_maximum(rewards, 0.5) == pytest.approx(0.5 * math.log((math.exp(2.0) + 3) / 4))
+    assert soft_maximum([0.0] * 8, 0.5) == 0.0 and math.isfinite(soft_maximum([1000.0, -1000.0], 1e-3))
+    for bad in (([], 0.5), ([1.0], 0.0)):
+        with pytest.raises(ValueError, match="soft_maximum needs rewards"):
+            soft_maximum(*bad)
 
 
 # -- the best of a group -----------------------------------------------------------------------------------------------------------
