@@ -34,6 +34,7 @@ EXPECTED = {
     "group_center": GroupAdvantage(scale="none"),
     "loo": GroupAdvantage("loo", "none", singleton="error"),
     "reward": Reward(),
+    "win_probability": Reward(0.5),
     "batch_whiten": BatchWhiten(),
     "group_center_whiten": Chain({"center": GroupAdvantage(scale="none"), "whiten": BatchWhiten()}),
     "length_weighted": GroupAdvantage("length_weighted", "none"),
