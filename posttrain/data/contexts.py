@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from posttrain.data.rows import LEARNT
 from posttrain.records import Row, Source
 
 
@@ -28,7 +29,8 @@ def mismatched(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     Raises ``ValueError`` when all prompts are the same: an answer under its own prompt would estimate something else.
     """
     own = [i for i, row in enumerate(rows) if not row.context]
-    cuts = {i: _prompt_length(rows[i]) for i in own}
+    sources = {i: _sources(rows[i]) for i in own}
+    cuts = {i: _prompt_length(sources[i]) for i in own}
     prompts = {i: tuple(rows[i].ids[: cuts[i]]) for i in own}
     if len(set(prompts.values())) < 2:
         raise ValueError(
@@ -44,8 +46,8 @@ def mismatched(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         more.append(
             Row(
                 ids=[*prompts[i], *answer.ids[cut:]],
-                sources=[Source.prompt] * cuts[i] + list(answer.sources or [])[cut:],
-                trainable=[False] * cuts[i] + list(answer.trainable or [])[cut:],
+                sources=[Source.prompt] * cuts[i] + sources[j][cut:],
+                trainable=[False] * cuts[i] + _trainable(answer, sources[j])[cut:],
                 sample_id=f"{answer.sample_id} under {asked.sample_id}",
                 group=group,
                 finish=answer.finish,
@@ -55,12 +57,19 @@ def mismatched(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return out, more
 
 
-def _prompt_length(row: Row) -> int:
+def _sources(row: Row) -> list[Source]:
+    given = [Source.demo] * len(row.ids) if row.sources is None else row.sources
+    return [Source[s] if isinstance(s, str) else Source(s) for s in given]
+
+
+def _trainable(row: Row, sources: Sequence[Source]) -> list[bool]:
+    return [s in LEARNT for s in sources] if row.trainable is None else list(row.trainable)
+
+
+def _prompt_length(sources: Sequence[Source]) -> int:
     """Leading tokens that are the prompt's; a row that begins with its answer keeps one token, which nothing predicts."""
-    sources = list(row.sources or [])
     length = next((t for t, source in enumerate(sources) if source != Source.prompt), len(sources))
     return max(length, 1)
 
 
 MAKERS: dict[str, Callable[[Sequence[Row]], tuple[list[Row], list[Row]]]] = {"mismatched": mismatched}
-

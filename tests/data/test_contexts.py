@@ -53,6 +53,14 @@ def test_holes_and_tools_of_an_answer_travel_with_it() -> None:
     assert out[3].trainable == [False, True, False, True]
 
 
+def test_rows_by_hand_may_leave_sources_and_flags_out() -> None:
+    rows = [Row(ids=[1, 2, 3], sources=["prompt", "demo", "tool"]), Row(ids=[4, 5])]
+    out = with_contexts(rows, {"mismatched"})[2:]
+    assert [r.ids for r in out] == [[1, 5], [4, 2, 3]]
+    assert [r.trainable for r in out] == [[False, True], [False, True, False]]
+    assert TokenBatch.from_sequences(out).num_sequences == 2
+
+
 def test_without_contexts_nothing_changes_and_an_unknown_one_is_named() -> None:
     rows = [row([1], [5])]
     assert with_contexts(rows, frozenset()) == rows
