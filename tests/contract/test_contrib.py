@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import pkgutil
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ from posttrain import contrib
 from posttrain.contrib.classification import GroupClassification
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
+from posttrain.contrib.outcome import ByReward, EntropyExponential, TurnReward
 from posttrain.contrib.preference import (
     LogisticExponential,
     PairFactor,
@@ -24,8 +26,9 @@ from posttrain.contrib.preference import (
     SteeperPairs,
 )
 from posttrain.contrib.process import ImplicitProcessReward
+from posttrain.contrib.supervised import LossSoftmax, MarginalShare, RatioSlope, SuffixLoss
 from posttrain.loss import aggregate, mask
-from posttrain.loss.advantage import Pairwise
+from posttrain.loss.advantage import Column, One, Pairwise
 from posttrain.mixture.schedule import Linear
 from posttrain.testing.check import check_term
 
@@ -52,9 +55,24 @@ VARIANTS: dict[str, list[Any]] = {
     "preference.LogisticExponential": [LogisticExponential(1.0, "teacher", Linear(0.05, 0.2))],
     "preference.SteeperPairs": [SteeperPairs(Pairwise(f="hinge", margin=0.2), "label"), SteeperPairs(Pairwise("squared"), "label")],
     "preference.SelfLabelled": [SelfLabelled(Pairwise(margin=0.3, gap="reward"), 0.5)],
+    "outcome.ByReward": [ByReward(EntropyExponential(), threshold=0.2), ByReward(Column(), metric="label", threshold=0.5)],
+    "outcome.EntropyExponential": [EntropyExponential(0.1, 1.0), EntropyExponential(Linear(0.0, 1.0))],
+    "outcome.TurnReward": [TurnReward(kl=(0.1, 0.0)), TurnReward(kl=(0.5, 0.5), over="self"), TurnReward(("label",), ((2.0,),))],
+    "supervised.LossSoftmax": [LossSoftmax("quadratic", 0.3), LossSoftmax("extremes", Linear(0.2, 1.0)), LossSoftmax(r=math.inf)],
+    "supervised.MarginalShare": [MarginalShare(1.0), MarginalShare(Linear(0.1, 0.5))],
+    "supervised.RatioSlope": [
+        RatioSlope("identity", "sum"),
+        RatioSlope("pearson", beta=0.5, scale=Linear(1.0, 2.0)),
+        RatioSlope("hellinger", beta=0.05),
+    ],
+    "supervised.SuffixLoss": [SuffixLoss(detach=True), SuffixLoss(0.0), SuffixLoss(1.0)],
     "process.ImplicitProcessReward": [ImplicitProcessReward("old", "behaviour", 0.3, Linear(1.0, 0.0), 0.0)],
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "outcome.ByReward": {"right": [One(0.5)], "wrong": [One(0.5)], "metric": ["label"], "threshold": [0.2]},
+    "outcome.EntropyExponential": {"sign": [1.0]},
+    "outcome.TurnReward": {"rewards": [("label", "reward")], "weights": [((0.0, 1.0),)], "kl": [(0.3, 0.0)], "to": ["teacher"], "over": ["behaviour"]},
+    "supervised.SuffixLoss": {"gamma": [0.5]},
     "covariance.CovarianceDrop": {"clip": [None, mask.RatioClip(0.01, 0.01)], "seed": [1, 2, 3], "low": [0.0], "high": [0.0, 0.1]},
     "covariance.CovariancePenalty": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},
     "preference.SteeperPairs": {"inner": [Pairwise(beta=0.2)]},
