@@ -60,7 +60,8 @@ class Prompt:
 class Segment:
     """A run of tokens with one source.  ``logprobs`` and ``version`` are present exactly when ``source`` is ``policy``.
 
-    ``trainable`` is one flag for the segment or one per token: a demonstration's user turns and tool outputs are not learnt from.
+    ``trainable`` is one flag for the segment or one per token: a demonstration's user turns and tool outputs are not learnt from.  ``inputs``: what
+    the model reads in the place of ``ids`` while it predicts what follows; the labels stay ``ids``.
     """
 
     ids: tuple[int, ...]
@@ -69,6 +70,7 @@ class Segment:
     logprobs: tuple[float, ...] | None = None
     version: int | None = None
     trainable: bool | tuple[bool, ...] = True
+    inputs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class Row:
 
     ``ids``, ``sources``, ``trainable``, ``weight``, ``advantage``, ``version`` and every list of ``logps`` have one entry per token of the
     whole sequence, prompt included; a scalar stands for "the same everywhere".  An entry of ``logps`` is NaN where that policy has nothing to
-    say.  ``trainable=None`` means: every token whose source is policy, demo or prefix.
+    say.  ``trainable=None`` means: every token whose source is policy, demo or prefix.  ``inputs`` are read by the model in the place of ``ids``, which
+    stay the labels (a corrupted context, a learner's own action under an expert's label).
 
     >>> Row(ids=[5, 6, 7, 8], sources=["prompt", "prompt", "policy", "policy"], logps={"behaviour": [nan, nan, -0.1, -0.7]},
     ...     advantage=1.0, group="question 1")
@@ -189,17 +192,20 @@ class Row:
     side: Literal["chosen", "rejected"] | None = None
     finish: Finish = "stop"
     context: str = ""
+    inputs: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class StreamTotals:
-    """What a stream's denominators count, over the whole optimizer step and all ranks.  ``weight`` is the sum of token weights."""
+    """What a stream's denominators count, over the whole optimizer step and all ranks.  ``weight`` is the sum of token weights,
+    ``sequence_weight`` that of the sequences' mean token weights."""
 
     tokens: int = 0
     sequences: int = 0
     groups: int = 0
     pairs: int = 0
     weight: float = 0.0
+    sequence_weight: float = 0.0
 
 
 Totals = Mapping[str, StreamTotals]
@@ -330,7 +336,8 @@ class TokenBatch:
                 raise ValueError(f"sequence {index} ({row.sample_id!r}): the advantage is NaN; drop the sample or fix its reward")
             if (row.pair is None) != (row.side is None):
                 raise ValueError(f"sequence {index}: pair and side must be given together")
-            col["input_ids"] += list(row.ids[:-1])
+            inputs = row.ids if row.inputs is None else _per_token(row.inputs, length, "inputs", index)
+            col["input_ids"] += list(inputs[:-1])
             col["target_ids"] += list(row.ids[1:])
             col["positions"] += range(length - 1)
             col["seq"] += [index] * (length - 1)

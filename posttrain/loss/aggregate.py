@@ -67,20 +67,29 @@ class TokenMean:
 class SequenceMeanTokenMean:
     """Every sequence counts the same, and so does every token inside it.
 
-    Equation: ``1 / (N_seq * T_i)``.
-    Source: GRPO as published, arXiv 2402.03300; GSPO, arXiv 2507.18071 (the ``1/T_i`` is the derivative of its geometric mean).
+    Equation: ``1 / (N_seq * T_i)``, or ``1 / (sum_j w_j * T_i)``.
+    Source: GRPO as published, arXiv 2402.03300; GSPO, arXiv 2507.18071 (the ``1/T_i`` is the derivative of its geometric mean); the sum of weights:
+    OpenChat, arXiv 2309.11235.
+
+    ``denominator``: ``own`` counts sequences; ``weight_sum`` adds up their weights, so that only the proportion of the weights matters.
 
     Wrong when: long wrong answers should be discouraged as much per token as short ones: here they are discouraged less.
     """
 
+    denominator: Literal["own", "weight_sum"] = "own"
     coupling = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.denominator not in ("own", "weight_sum"):
+            raise ValueError(f"aggregate.SequenceMeanTokenMean: denominator={self.denominator!r} does not exist; choose own or weight_sum")
 
     @property
     def formula(self) -> str:
-        return "1/(N_seq T_i)"
+        return "1/(N_seq T_i)" if self.denominator == "own" else "1/(sum(weight_i) T_i)"
 
     def coefficient(self, view: TokenView, kept: Tensor | None = None) -> Tensor:
-        return view.spread(1.0 / (max(view.totals.sequences, 1) * view.seq_len().clamp(min=1)))
+        count = view.totals.sequence_weight if self.denominator == "weight_sum" else view.totals.sequences
+        return view.spread((1.0 / count if count else 0.0) / view.seq_len().clamp(min=1))
 
 
 @dataclass(frozen=True)

@@ -247,12 +247,15 @@ class Objective:
         for name, stream in self.streams.items():
             on, member = self._select(batch, stream)
             groups, pairs = batch.group[member & (batch.group >= 0)], batch.pair[member & (batch.pair >= 0)]
+            weight = torch.where(on, batch.weight, torch.zeros_like(batch.weight)).double()
+            of_sequence, lengths = (torch.zeros(len(member), dtype=torch.float64, device=on.device).index_add(0, batch.seq, x) for x in (weight, on.double()))
             out[name] = StreamTotals(
                 tokens=int(on.sum()),
                 sequences=int(member.sum()),
                 groups=len(groups.unique()),
                 pairs=len(pairs.unique()),
-                weight=float(torch.where(on, batch.weight, torch.zeros_like(batch.weight)).double().sum()),
+                weight=float(weight.sum()),
+                sequence_weight=float((of_sequence / lengths.clamp(min=1)).sum()),
             )
         return out
 

@@ -232,7 +232,8 @@ def answer_of(demo: Demo) -> tuple[Segment, ...]:
         n = len(segment.ids)
         if skip < n:
             flags = segment.trainable
-            cut = replace(segment, ids=segment.ids[skip:], trainable=flags[skip:] if isinstance(flags, tuple) else flags)
+            inputs = None if segment.inputs is None else segment.inputs[skip:]
+            cut = replace(segment, ids=segment.ids[skip:], inputs=inputs, trainable=flags[skip:] if isinstance(flags, tuple) else flags)
             out.append(cut)
         skip = max(skip - n, 0)
     return tuple(out)

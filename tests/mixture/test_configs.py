@@ -15,7 +15,8 @@ FILES = sorted(p.stem for p in (CONFIGS / "mixture").glob("*.yaml"))
 def gate_of(name: str, *overrides: str) -> Any:
     from omegaconf import OmegaConf
 
-    composed = _compose("train", [f"mixture={name}", "advantage=group_center", *overrides])
+    token = ["mixture.gate.token=3"] if name == "masked_thought" else []
+    composed = _compose("train", [f"mixture={name}", "advantage=group_center", *token, *overrides])
     return _build(OmegaConf.to_container(composed, resolve=True), "")["mixture"]["gate"]
 
 
