@@ -260,14 +260,6 @@ CASES: dict[str, Case] = {
         (naive.grpo,),
         spread=0.5,
     ),
-    "icepop": Case(
-        "grpo",
-        naive.icepop,
-        NORM,
-        (BEHAVIOUR, f"{MASKS}.reject={{_target_: posttrain.loss.mask.Reject, min: 0.5, max: 5.0}}"),
-        (naive.truncated_importance_sampling, lambda seqs: naive.icepop(seqs, 0.2, 2.0)),
-        spread=0.5,
-    ),
     "decoupled ppo": Case("ppo", naive.decoupled_ppo, NORM, (BEHAVIOUR,), (naive.ppo,)),
 }
 """What is compared.  Every file of ``configs/loss`` appears under its own name.  Families of methods add theirs in ``families/``."""

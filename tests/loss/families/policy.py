@@ -328,6 +328,25 @@ def entropy(seqs: Seqs) -> Tensor:
     return total([-(s["rows"][t].exp() * s["rows"][t]).sum() for s, t in tokens_of(seqs)]) / len(tokens_of(seqs))
 
 
+def answer_entropy(seqs: Seqs) -> Tensor:
+    """Mean over answers of token means, as the policy term of GRPO is."""
+    group, out = of(seqs, "policy"), []
+    for s in group:
+        tokens = learnt(s, "policy")
+        out += [-(s["rows"][t].exp() * s["rows"][t]).sum() / len(tokens) for t in tokens]
+    return total(out) / len(group)
+
+
+def adaptive_kl(seqs: Seqs, coef: float = 0.2) -> Tensor:
+    """Before anything was measured, with the advantages ``a`` of a critic."""
+    out = []
+    for s in of(seqs, "policy"):
+        tokens = learnt(s, "policy")
+        for i, t in enumerate(tokens):
+            out.append(surrogate(s, t, s["a"][t] - coef * sum(s["old"][u] - s["base"][u] for u in tokens[i:])))
+    return total(out) / len(out)
+
+
 def sampled_entropy(seqs: Seqs) -> Tensor:
     return total([-s["l"][t] for s, t in tokens_of(seqs)]) / len(tokens_of(seqs))
 
@@ -461,6 +480,13 @@ CASES: dict[str, Case] = {
         (lambda s: fipo(s, 2.0, 0.8), lambda s: fipo(s, 2.0, 0.8, 1.2), lambda s: fipo(s, 2.0, 1.0, 1.2, 1.05)),
     ),
     "entropy_min": Case("entropy_min", lambda s: -entropy(s), wrong=(entropy, sampled_entropy)),
+    "adaptive_kl": Case("adaptive_kl", adaptive_kl, wrong=(lambda s: adaptive_kl(s, 0.0), lambda s: adaptive_kl(s, -0.2))),
+    "adaptive_entropy": Case(
+        "adaptive_entropy",
+        lambda s: naive.grpo(s) + 0.01 * answer_entropy(s),
+        NORM,
+        wrong=(naive.grpo, lambda s: naive.grpo(s) - 0.01 * answer_entropy(s)),
+    ),
     "dapo with entropy": Case("dapo", dapo_with_entropy, NORM, (ENTROPY,), (naive.dapo, lambda s: dapo_with_entropy(s, -1.0))),
     "reinforce with the squared log-ratio of answers": Case(
         "reinforce", sequence_k2, REWARD, (LONG_KL,), (lambda s: sequence_k2(s, "token"), naive.reinforce)
