@@ -274,7 +274,7 @@ def sampling_of(config: RunConfig, evaluation: bool = False) -> Sampling:
 
 def prepare_evaluation(config: RunConfig, scratch: Path) -> tuple[RunConfig, Any, list[Any]]:
     """The config with its model, the tokenizer, and the prompts of ``posttrain eval``."""
-    from posttrain.doctor import context, model
+    from posttrain.preflight import context, model
 
     data = config.data
     config, tokenizer = model(config, scratch, None)

@@ -23,9 +23,9 @@ from typing import Any
 from posttrain import help as pages
 from posttrain import targets
 from posttrain.config import ConfigError, RunConfig, check, from_mapping
-from posttrain.doctor import PREVIOUS
 from posttrain.messages import describe, did_you_mean, exit_code, listing, reword
 from posttrain.paths import CONFIGS, RECIPES
+from posttrain.preflight import PREVIOUS
 from posttrain.words import SHOWS, Words, open_map
 
 
@@ -187,8 +187,10 @@ def build_config(cfg: Any) -> RunConfig:
 
     with _readable():
         raw = OmegaConf.to_container(cfg if OmegaConf.is_config(cfg) else OmegaConf.create(dict(cfg)), resolve=True, throw_on_missing=True)
-    assert isinstance(raw, dict)
-    raw.pop("hydra", None)
+    return _typed({str(key): value for key, value in raw.items() if key != "hydra"})  # type: ignore[union-attr]
+
+
+def _typed(raw: dict[str, Any]) -> RunConfig:
     if "model" not in raw or "cluster" not in raw:
         raise ConfigError("these settings are not a whole run: a recipe begins with  defaults: [train, _self_]")
     if not isinstance(raw.get("loss"), dict) or "_target_" not in raw["loss"]:
@@ -218,7 +220,9 @@ def _build(value: Any, path: str) -> Any:
 def _reward(name: str, node: Any) -> Any:
     """A reward is a class (built) or a plain function (kept, with its settings bound)."""
     if not isinstance(node, Mapping):
-        raise ConfigError(f"reward.fn.{name}={node!r} is not a reward; give reward.fn.{name}._target_=module.function, or null to leave it out")
+        raise ConfigError(
+            f"reward.fn.{name}={node!r} is not a reward; give reward.fn.{name}._target_=module.function, or null to leave it out"
+        )
     if not node.get("_target_"):
         raise ConfigError(f"reward.fn.{name} needs a _target_: the dotted name of a function or class")
     thing = targets.locate(node["_target_"], f"reward.fn.{name}")
@@ -239,7 +243,9 @@ def compose_stages(words: Words) -> dict[str, Any]:
         raise ConfigError("stages must map each name to a list of settings, as in  stages: {sft: [loss=sft, steps=70], grpo: [loss=grpo]}")
     unknown = sorted(set(words.stages) - set(listed))
     if unknown:
-        raise ConfigError(f"no stage {unknown[0]!r}{did_you_mean(unknown[0], map(str, listed))}" + f"; this recipe has {', '.join(map(str, listed))}")
+        raise ConfigError(
+            f"no stage {unknown[0]!r}{did_you_mean(unknown[0], map(str, listed))}" + f"; this recipe has {', '.join(map(str, listed))}"
+        )
     return {str(name): compose_words(words, [open_map(str(o)) for o in (overrides or [])], str(name)) for name, overrides in listed.items()}
 
 
@@ -322,7 +328,7 @@ class _Held(BaseException):
 def _launch(words: Words, command: list[str]) -> None:
     from omegaconf import OmegaConf
 
-    from posttrain.doctor import preflight
+    from posttrain.preflight import preflight
     from posttrain.run import launch
 
     stages = stages_of(words)
@@ -335,8 +341,8 @@ def _through_hydra(words: Words, job: Any) -> None:
     import hydra
 
     _set_search_path(words.recipe, words.folders)
-    own = ("hydra/job_logging=stdout", "hydra/hydra_logging=none", "hydra.sweep.dir=runs")
-    own = tuple(w for w in own if not any(o.startswith(w.partition("=")[0]) for o in words.overrides))
+    ours = ("hydra/job_logging=stdout", "hydra/hydra_logging=none", "hydra.sweep.dir=runs")
+    own = [w for w in ours if not any(o.startswith(w.partition("=")[0]) for o in words.overrides)]
     before, environment = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["posttrain", *words.flags, *own, *(words.through_hydra() if words.many else words.overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"

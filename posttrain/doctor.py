@@ -1,4 +1,4 @@
-"""``posttrain doctor``: what would go wrong, found before anything expensive starts; and the part of it that every run begins with.
+"""``posttrain doctor``: what would go wrong, found before anything expensive starts.
 
 Every check is a function that returns lines; a line is fine, a warning, or an error.  Nothing is started: no Ray, no engine, no training.
 """
@@ -8,31 +8,25 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import socket
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from posttrain import cluster
-from posttrain.config import ClusterConfig, ConfigError, DataConfig, RunConfig, check
+from posttrain.config import ClusterConfig, RunConfig, check
+from posttrain.preflight import PREVIOUS, context, idle, model, names, resources
 
 Verdict = Literal["ok", "warning", "error"]
 MARKS: Mapping[Verdict, str] = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "hydra-core", "peft", "datasets")
-PREVIOUS = "<previous stage>"
-"""``model.path`` of a stage that begins where the one before it ended."""
-ROWS = 2000
-"""Rows of each data set that a run reads before it starts anything; the rest is read when its stage begins."""
-LOGPS = ("self", "old", "behaviour", "base", "teacher", "entropy")
-"""Named columns that a run can fill for a loss."""
 GIB = 2**30
 PROCESS = 1.0
-"""GiB that Python, torch and the libraries of one actor take, measured on CPU."""
+"""GiB set aside for Python, torch and the libraries of one actor: a round figure, not a measurement."""
 
 
 @dataclass(frozen=True)
@@ -43,201 +37,6 @@ class Line:
     text: str
 
 
-# -- before every run ----------------------------------------------------------------------------------------------------------------
-def preflight(stages: Mapping[str, RunConfig], say: Callable[[str], None] = print) -> None:
-    """Raise what can be known to fail before a cluster, an engine or a learner starts: GPUs, cluster address, models, data of every stage.
-
-    Settings that cannot act are told to ``say`` when all is well; with ``strict=true`` they are an error.
-    """
-    first = next(iter(stages.values()))
-    idle: list[str] = []
-    resources(first.cluster, cluster.demand(dict(stages)))
-    with tempfile.TemporaryDirectory() as scratch:
-        previous: str | None = None
-        for name, config in stages.items():
-            with _stage(name, len(stages) > 1):
-                idle += [(f"stage {name}: " if len(stages) > 1 else "") + line for line in _idle(config)]
-                names(config)
-                if config.model.path == PREVIOUS and previous is None and config.init_from is None:
-                    raise ConfigError("model.path is not set, and the stage before exports nothing; set checkpoint.export=true there, or model.path")
-                ready, tokenizer = model(config, Path(scratch) / name, previous)
-                records = _records(replace(ready, data=_head(ready.data, ROWS)), tokenizer)
-                context(ready, records)
-                previous = ready.model.path if config.checkpoint.export else None
-    for line in idle:
-        say(line)
-
-
-def preflight_evaluation(config: RunConfig, gpus: float) -> None:
-    """What ``posttrain eval`` needs.  Raises :class:`ConfigError` naming the setting."""
-    if config.data.eval is None:
-        raise ConfigError("data.eval is not set: give data.eval.path=FILE or choose data=NAME with held-out rows")
-    if not config.reward.fn:
-        raise ConfigError("evaluation needs a reward to say what is right: choose reward=NAME")
-    if config.model.path is None and config.model.tiny is None:
-        raise ConfigError("which model? give model.path=FOLDER_OR_ID")
-    names(config)
-    resources(config.cluster, gpus)
-
-
-@contextmanager
-def _stage(name: str, several: bool) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if not several:
-            raise
-        raise ConfigError(f"stage {name}: {error}") from error
-
-
-def _idle(config: RunConfig) -> list[str]:
-    lines = [line.text for line in cannot_act(config)]
-    if lines and config.strict:
-        raise ConfigError(f"strict=true: {lines[0]}" + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""))
-    return lines
-
-
-def resources(config: ClusterConfig, gpus: float) -> None:
-    """Whether the cluster answers, or, on this machine, whether it has as many GPUs as the run asks for."""
-    if config.address is not None:
-        reachable(config.address)
-    elif gpus:
-        import torch
-
-        if gpus > (count := torch.cuda.device_count()):
-            raise ConfigError(
-                f"cluster.device=cuda: the run asks for {gpus:g} GPUs and this machine has {count}; use cluster=cpu, fewer engines or ranks "
-                "(rollout.num_engines, learner.world_size), smaller shares (cluster.gpus_per_learner, cluster.gpus_per_engine), or "
-                "cluster.address=HOST:PORT for a cluster with more"
-            )
-
-
-def reachable(address: str, timeout_s: float = 5.0) -> None:
-    """Whether something that could be Ray (it speaks HTTP/2, as gRPC does) answers at ``HOST:PORT``.  ``auto`` is left to Ray itself."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address in ("auto", "local"):
-        return
-    if not host or not port.isdigit():
-        raise ConfigError(f"cluster.address={address}: write HOST:PORT, or auto for the cluster of this machine")
-    fix = "start one with 'ray start --head', or leave cluster.address out for a cluster of its own"
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout_s) as link:
-            if os.environ.get("RAY_USE_TLS") in ("1", "true"):
-                return
-            link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
-            answer = link.recv(9)
-    except TimeoutError:
-        raise ConfigError(f"cluster.address={address}: no Ray cluster answers there within {timeout_s:g} s; {fix}") from None
-    except OSError as error:
-        raise ConfigError(f"cluster.address={address}: no Ray cluster answers there ({error.strerror or error}); {fix}") from None
-    if len(answer) < 9 or answer[3] != 4:
-        raise ConfigError(f"cluster.address={address}: that port is in use by something that is not Ray; {fix}")
-
-
-def names(config: RunConfig) -> None:
-    """Names that nothing in the run answers to: in terms, weights, metric and gate."""
-    from posttrain.reward.combine import Sum
-
-    reward = config.reward
-    for name in sorted(config.loss.needs.references - set(LOGPS)):
-        raise ConfigError(f"loss {config.loss.name!r} reads the log-probs {name!r}, which nothing fills; use one of {', '.join(LOGPS)}")
-    if reward.fn:
-        try:
-            (reward.combine or Sum(reward.weights)).check(reward.fn)
-        except ValueError as error:
-            raise ConfigError(f"reward.weights: {error}") from error
-    metric = config.eval.metric
-    if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
-        raise ConfigError(f"eval.metric={metric}: the rewards are {', '.join(reward.fn)}; null takes them combined")
-    if getattr(config.mixture.gate, "uses_demos", False) and config.data.demos is None:
-        raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
-
-
-def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:
-    """The config with the model it starts from, and its tokenizer.  Raises :class:`ConfigError` when there is no such model."""
-    from posttrain.build import prepare_model
-
-    given = config.init_from or start_from or config.model.path
-    folder = Path(given) if given else None
-    key = "init_from" if config.init_from else "model.path"
-    if given is not None and not Path(given).exists() and (given.startswith((".", "/", "~")) or given.count("/") > 1):
-        home = " (write the whole path: ~ is not filled in)" if Path(given).expanduser().exists() else ""
-        raise ConfigError(f"{key}={given}: there is no such folder{home}")
-    if folder is not None and folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise ConfigError(f"{key}={given}: the folder holds no model (no config.json); give a Hugging Face folder, such as export/ of a run")
-        if config.model.init == "pretrained" and not list(folder.glob("*.safetensors")):
-            raise ConfigError(f"{key}={given}: the folder holds no *.safetensors file; other formats can run code and are refused: convert the weights")
-        if not any(any(folder.glob(p)) for p in ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.tekken*")):
-            raise ConfigError(f"{key}={given}: the folder holds no tokenizer (tokenizer.json); copy it from the model it belongs to")
-    if config.model.chat_template and not Path(config.model.chat_template).is_file():
-        raise ConfigError(f"model.chat_template={config.model.chat_template}: there is no such file")
-    try:
-        return prepare_model(config, scratch, start_from)
-    except ConfigError as error:
-        if folder is None or folder.exists() or error.__cause__ is None:
-            raise
-        reason = (str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__])[0]
-        raise ConfigError(
-            f"{key}={given} is neither a folder here (looked in {Path.cwd()}) nor a model that could be loaded from the Hugging Face hub: {reason}"
-        ) from error
-    except TypeError as error:
-        raise ConfigError(f"model.tiny: {error}") from error
-
-
-def _head(data: DataConfig, limit: int) -> DataConfig:
-    from posttrain.data.load import as_spec
-
-    def head(source: Any, name: str) -> Any:
-        spec = as_spec(source, name)
-        return replace(spec, limit=limit if spec.limit is None else min(limit, spec.limit))
-
-    sources = {name: getattr(data, name) for name in ("train", "eval", "demos")}
-    return replace(data, **{name: head(source, f"data.{name}") for name, source in sources.items() if source is not None})
-
-
-def _records(config: RunConfig, tokenizer: Any) -> list[Any]:
-    from posttrain.build import load_stage_data
-    from posttrain.data.load import NothingUsable
-
-    try:
-        return load_stage_data(config, tokenizer)[0]
-    except NothingUsable as error:
-        if error.read >= ROWS:  # there may be usable rows after these
-            return []
-        raise
-
-
-def context(config: RunConfig, records: list[Any]) -> None:
-    """Whether prompts with their answers, and given texts, fit into the positions the model knows."""
-    from transformers import AutoConfig
-
-    from posttrain.records import Demo, Pair
-
-    text = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code).get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    scaled = (getattr(text, "rope_scaling", None) or {}).get("factor")
-    if not isinstance(limit, int) or scaled:
-        return
-    rollout, data = config.rollout, config.data
-    if cluster._samples(config):
-        answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
-        asked = rollout.max_model_len or data.max_prompt_tokens + answer + 1
-        if asked > limit:
-            raise ConfigError(
-                f"the model's context is {limit} tokens, but data.max_prompt_tokens={data.max_prompt_tokens} and answers of {answer} need {asked}; "
-                "lower data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens"
-            )
-    demos = [d for r in records for d in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r,) if isinstance(r, Demo) else ())]
-    longest = max(((sum(len(s.ids) for s in d.segments), d.id) for d in demos), default=(0, ""))
-    if longest[0] > limit:
-        raise ConfigError(
-            f"data.train: row {longest[1]} has {longest[0]} tokens, more than the model's context of {limit}; "
-            f"set data.max_length={limit} with data.truncation=drop or end"
-        )
-
-
-# -- the command ---------------------------------------------------------------------------------------------------------------------
 def examine(stages: Mapping[str, RunConfig]) -> int:
     """Print every finding; without stages, about the machine alone.  Returns 0 when there is no error, 2 otherwise."""
     configs = list(stages.values())
@@ -326,10 +125,8 @@ def settings(config: RunConfig) -> Iterator[Line]:
 
 def cannot_act(config: RunConfig) -> Iterator[Line]:
     """Settings that cannot do anything in this run."""
-    from posttrain.report.explain import facts_of, idle_settings, settings_that_cannot_act
-
-    for text in [*settings_that_cannot_act(config.loss, config.advantage, facts_of(config)), *idle_settings(config)]:
-        yield Line("error" if config.strict else "warning", f"cannot act here: {text}")
+    for text in idle(config):
+        yield Line("error" if config.strict else "warning", text)
 
 
 def divisibility(config: RunConfig) -> Iterator[Line]:
@@ -350,7 +147,8 @@ def divisibility(config: RunConfig) -> Iterator[Line]:
     longest = config.data.max_prompt_tokens + rollout.max_tokens if rollout.kind == "vllm" else config.data.max_length
     if longest > learner.micro_batch_tokens:
         yield Line(
-            "warning", f"a sequence may have {longest} tokens, more than learner.micro_batch_tokens={learner.micro_batch_tokens}; it then runs alone"
+            "warning",
+            f"a sequence may have {longest} tokens, more than learner.micro_batch_tokens={learner.micro_batch_tokens}; it then runs alone",
         )
 
 
@@ -370,7 +168,13 @@ def data_and_model(config: RunConfig, scratch: Path, start: list[str | None]) ->
     before = start[0]
     config, tokenizer = model(config, scratch, before)
     start[0] = config.model.path if config.checkpoint.export else None
-    which = "of the stage before" if before == config.model.path else "created on the spot" if config.model.path == str(scratch) else config.model.path
+    which = (
+        "of the stage before"
+        if before == config.model.path
+        else "created on the spot"
+        if config.model.path == str(scratch)
+        else config.model.path
+    )
     yield Line("ok", f"model {which}, vocabulary of {len(tokenizer)}")
     yield from _guarded(memory, config)
     if config.data.train is None:
@@ -381,7 +185,9 @@ def data_and_model(config: RunConfig, scratch: Path, start: list[str | None]) ->
     context(config, records)
     yield from masks(config, tokenizer, records)
     if evaluation:
-        shared = {getattr(r, "prompt", r).id for r in records if getattr(r, "prompt", r) is not None and not hasattr(r, "chosen")} & {p.id for p in evaluation}
+        shared = {getattr(r, "prompt", r).id for r in records if getattr(r, "prompt", r) is not None and not hasattr(r, "chosen")} & {
+            p.id for p in evaluation
+        }
         yield Line("warning" if shared else "ok", f"{len(evaluation)} evaluation prompts, {len(shared)} of them also in the training data")
 
 
@@ -410,14 +216,20 @@ def masks(config: RunConfig, tokenizer: Any, records: list[Any]) -> Iterator[Lin
 
     if has_template(tokenizer):
         marked = bool(MARK.search(tokenizer.get_chat_template(None, None)))
-        how = "marks what the assistant writes" if marked else "has no generation marks; answers are found by comparing renderings, which holds for this data"
+        how = (
+            "marks what the assistant writes"
+            if marked
+            else "has no generation marks; answers are found by comparing renderings, which holds for this data"
+        )
         yield Line("ok", f"the chat template {how}")
         with suppress(ValueError):
             asked = [render_text(tokenizer, [{"role": "user", "content": "?"}], add_generation_prompt=flag)[0] for flag in (False, True)]
             if asked[0] == asked[1]:
                 yield Line("warning", "the chat template has no generation prompt: the model has to write the assistant's role itself")
     else:
-        yield Line("warning", "the tokenizer has no chat template: prompts and completions are plain text (model.chat_template takes a file)")
+        yield Line(
+            "warning", "the tokenizer has no chat template: prompts and completions are plain text (model.chat_template takes a file)"
+        )
     if not records:
         return
     if isinstance(records[0], Prompt):
@@ -458,7 +270,11 @@ def memory(config: RunConfig) -> Iterator[Line]:
     texts = [f"learner: {_count(learner.world_size, 'rank')}, about {rank:.2f} GiB each ({parts})"]
     if samples:
         cache = f"{rollout.gpu_memory_utilization:.0%} of a GPU" if gpu else f"{published + rollout.kv_cache_gb:.2f} GiB each"
-        texts.append(f"rollout: {_count(rollout.num_engines, 'engine')}, {cache} (weights {published:.2f} GiB" + ("" if gpu else f", cache {rollout.kv_cache_gb:g} GiB") + ")")
+        texts.append(
+            f"rollout: {_count(rollout.num_engines, 'engine')}, {cache} (weights {published:.2f} GiB"
+            + ("" if gpu else f", cache {rollout.kv_cache_gb:g} GiB")
+            + ")"
+        )
     for text in texts:
         yield Line("ok", text)
     if gpu:
@@ -466,14 +282,22 @@ def memory(config: RunConfig) -> Iterator[Line]:
             has = torch.cuda.get_device_properties(0).total_memory / GIB
             shared = samples and config.cluster.gpus_per_learner < 1
             free = has * (1 - rollout.gpu_memory_utilization if shared else 1)
-            yield _verdict(rank, free, "GPU memory for a learner rank", "lower learner.micro_batch_tokens, raise learner.zero_stage, or set model.gradient_checkpointing=true")
+            yield _verdict(
+                rank,
+                free,
+                "GPU memory for a learner rank",
+                "lower learner.micro_batch_tokens, raise learner.zero_stage, or set model.gradient_checkpointing=true",
+            )
     else:
         engines = rollout.num_engines * (published + rollout.kv_cache_gb + PROCESS) if samples else 0.0
         total = learner.world_size * (rank + found.host / GIB + PROCESS) + engines + config.cluster.object_store_gb
         advice = "lower learner.micro_batch_tokens, rollout.kv_cache_gb or rollout.num_engines, or set model.gradient_checkpointing=true"
         yield _verdict(total, _memory_gib(), "memory for all actors together", advice)
     if samples and published > config.cluster.object_store_gb:
-        yield Line("warning", f"weights of {published:.2f} GiB do not fit in cluster.object_store_gb={config.cluster.object_store_gb:g} and go over the disk; raise it")
+        yield Line(
+            "warning",
+            f"weights of {published:.2f} GiB do not fit in cluster.object_store_gb={config.cluster.object_store_gb:g} and go over the disk; raise it",
+        )
 
 
 def _verdict(wanted: float, there: float, what: str, advice: str) -> Line:

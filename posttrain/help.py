@@ -112,7 +112,11 @@ def page(command: str | None = None) -> str:
     """The help of one command, or of all."""
     lines: list[str]
     if command is None:
-        lines = ["posttrain: post-train a language model with one loss and swappable terms", "", "commands (posttrain COMMAND --help shows examples)"]
+        lines = [
+            "posttrain: post-train a language model with one loss and swappable terms",
+            "",
+            "commands (posttrain COMMAND --help shows examples)",
+        ]
         lines += [f"  {name:<9} {text}" for name, text in COMMANDS.items()]
         lines += ["", "examples"]
         lines += [

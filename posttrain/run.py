@@ -105,7 +105,7 @@ def evaluate_model(config: RunConfig) -> int:
     import tempfile
 
     from posttrain.build import evaluate_once, prepare_evaluation
-    from posttrain.doctor import preflight_evaluation
+    from posttrain.preflight import preflight_evaluation
 
     rollout, gpu = config.rollout, config.cluster.device == "cuda"
     gpus = rollout.num_engines * config.cluster.gpus_per_engine * rollout.tensor_parallel if gpu else 0.0
@@ -127,8 +127,8 @@ def export_checkpoint(run_dir: Path, stage: str | None, step: int | None, out: s
 
     from posttrain.build import export_from_checkpoint
     from posttrain.cli import build_config
-    from posttrain.doctor import resources
     from posttrain.paths import CONFIGS
+    from posttrain.preflight import resources
 
     listed = run_dir / "config.yaml"
     if not listed.exists():
@@ -184,7 +184,7 @@ def preview_data(stages: dict[str, RunConfig]) -> int:
 
     from posttrain.build import load_stage_data
     from posttrain.data.preview import length_statistics, preview
-    from posttrain.doctor import model
+    from posttrain.preflight import model
 
     with tempfile.TemporaryDirectory() as scratch:
         previous: str | None = None

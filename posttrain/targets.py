@@ -93,7 +93,9 @@ def arguments(thing: Any, given: Mapping[str, Any], path: str, *, complete: bool
     hints = _hints(thing)
     for key, value in values.items():
         if key in hints and not fits(hints[key], value):
-            raise ConfigError(f"{path}.{key}={value!r} must be {_kinds(hints[key])}" + (f", not {type(value).__name__}" if not _words(hints[key]) else ""))
+            raise ConfigError(
+                f"{path}.{key}={value!r} must be {_kinds(hints[key])}" + (f", not {type(value).__name__}" if not _words(hints[key]) else "")
+            )
 
 
 def _hints(thing: Any) -> dict[str, Any]:

@@ -11,8 +11,21 @@ from posttrain.config import ConfigError
 from posttrain.messages import did_you_mean, listing
 from posttrain.paths import CONFIGS, RECIPES
 
-OPEN = ("reward.fn.", "reward.weights.", "reward.combine.", "loss.", "advantage.", "data.train.", "data.eval.", "data.demos.", "model.tiny.")
-OPEN += ("rollout.strategy.", "mixture.gate.", "model.lora.")
+OPEN = (
+    "reward.fn.",
+    "reward.weights.",
+    "reward.combine.",
+    "loss.",
+    "advantage.",
+    "data.train.",
+    "data.eval.",
+    "data.demos.",
+    "model.tiny.",
+    "model.lora.",
+    "rollout.strategy.",
+    "mixture.gate.",
+)
+"""Maps that may get keys of their own."""
 FLAGS = ("--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m", "--info", "-i", "--config-dir", "-cd", "--hydra-help")
 VALUED = {"--cfg": "job", "-c": "job", "--package": "", "-p": "", "--info": "all", "-i": "all", "--config-dir": "", "-cd": ""}
 """Flags that take a word, and what they mean without one."""
@@ -91,7 +104,9 @@ class Words:
                 key, _, value = word.removeprefix(STAGE).partition("=")
                 word = f"stages.{key.replace('$', '.')}={value}"
             own.append(word)
-        return Words([*([f"recipe={self.recipe}"] if self.recipe else []), *(w for f in self.folders for w in ("--config-dir", str(f))), *own])
+        return Words(
+            [*([f"recipe={self.recipe}"] if self.recipe else []), *(w for f in self.folders for w in ("--config-dir", str(f))), *own]
+        )
 
 
 def open_map(override: str) -> str:
@@ -104,7 +119,9 @@ def _chosen(override: str) -> str:
     key, _, value = override.partition("=")
     group, groups = key.lstrip("+"), pages.groups()
     if group in groups and (value in ("null", "true", "false") or not re.fullmatch(r"[A-Za-z_][\w/.,() -]*", value)):
-        raise ConfigError(f"{override}: {group} is a group of settings; choose {group}=NAME ({listing(groups[group])}), or set {group}.KEY=VALUE")
+        raise ConfigError(
+            f"{override}: {group} is a group of settings; choose {group}=NAME ({listing(groups[group])}), or set {group}.KEY=VALUE"
+        )
     return override
 
 

@@ -15,7 +15,13 @@ from posttrain import cluster
 from posttrain.cli import main
 from posttrain.testing.tiny import create_tiny_model
 
-TINY = ["model.tiny.hidden_size=64", "model.tiny.num_layers=1", "model.tiny.num_heads=2", "model.tiny.num_kv_heads=1", "model.tiny.intermediate_size=64"]
+TINY = [
+    "model.tiny.hidden_size=64",
+    "model.tiny.num_layers=1",
+    "model.tiny.num_heads=2",
+    "model.tiny.num_kv_heads=1",
+    "model.tiny.intermediate_size=64",
+]
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,13 @@ def no_progress_bars() -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model in a folder."""
     return create_tiny_model(
-        tmp_path_factory.mktemp("model"), hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=64, max_position_embeddings=256
+        tmp_path_factory.mktemp("model"),
+        hidden_size=64,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=256,
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 from posttrain import checkpoint, cluster, folder
 from posttrain import run as runs
 from posttrain.config import ConfigError
-from posttrain.doctor import reachable
+from posttrain.preflight import reachable
 from tests.cli.conftest import Said
 
 Fails = Callable[..., str]
@@ -35,7 +35,9 @@ CHAT = [{"role": role, "content": "hello"} for role in ("user", "assistant", "us
 def test_a_missing_column_names_what_is_there(fails: Fails, model: Path, rows: Rows) -> None:
     path = rows({"question": "2+2?", "response": "4"})
     message = fails("train", "recipe=sft", f"model.path={model}", f"data.train.path={path}")
-    assert re.search(r"data.train: row 0 cannot be read as a demonstration.*the row has: question, response; try columns=\{prompt: question", message)
+    assert re.search(
+        r"data.train: row 0 cannot be read as a demonstration.*the row has: question, response; try columns=\{prompt: question", message
+    )
     message = fails("train", "recipe=sft", f"model.path={model}", f"data.train.path={path}", "data.train.columns={prompt: quesion}")
     assert "has no column 'quesion' (columns.prompt=quesion); it has: question, response" in message
 
@@ -48,7 +50,7 @@ def test_an_empty_data_set(fails: Fails, model: Path, rows: Rows) -> None:
 
 
 def test_usable_rows_may_come_late(posttrain: Callable[..., Said], model: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("posttrain.doctor.ROWS", 2)
+    monkeypatch.setattr("posttrain.preflight.ROWS", 2)
     path = rows(*[{"prompt": "a", "completion": ""}] * 2, {"prompt": "a", "completion": "b"})
     said = posttrain("train", "recipe=sft", f"model.path={model}", f"data.train.path={path}")
     assert "a cluster was started" in said.err, "the run goes on: its rows are read when the stage begins"
@@ -58,7 +60,9 @@ def test_a_missing_file_names_its_neighbours(fails: Fails, model: Path, rows: Ro
     there = rows({"prompt": "a", "completion": "b"})
     message = fails("train", "recipe=sft", f"model.path={model}", f"data.train.path={there.with_name('row.jsonl')}")
     assert "no such data file" in message and "in that folder: rows.jsonl" in message
-    assert "unknown key data.train.pth; did you mean data.train.path?" in fails("train", "recipe=sft", f"model.path={model}", f"data.train.pth={there}")
+    assert "unknown key data.train.pth; did you mean data.train.path?" in fails(
+        "train", "recipe=sft", f"model.path={model}", f"data.train.pth={there}"
+    )
 
 
 def test_a_damaged_file(fails: Fails, model: Path, tmp_path: Path) -> None:
@@ -94,7 +98,15 @@ def test_a_prompt_longer_than_its_limit(fails: Fails, model: Path, rows: Rows) -
 
 def test_a_prompt_longer_than_the_context(fails: Fails, model: Path, rows: Rows) -> None:
     prompt, demo = rows({"prompt": "a", "answer": "1"}), rows({"prompt": "a", "completion": "b" * 300}, name="demos.jsonl")
-    message = fails("train", "recipe=grpo", f"model.path={model}", f"data.train.path={prompt}", "reward=number", "data.max_prompt_tokens=200", "rollout.max_tokens=100")
+    message = fails(
+        "train",
+        "recipe=grpo",
+        f"model.path={model}",
+        f"data.train.path={prompt}",
+        "reward=number",
+        "data.max_prompt_tokens=200",
+        "rollout.max_tokens=100",
+    )
     assert "the model's context is 256 tokens, but data.max_prompt_tokens=200 and answers of 100 need 301" in message
     message = fails("train", "recipe=sft", f"model.path={model}", f"data.train.path={demo}")
     assert "more than the model's context of 256; set data.max_length=256" in message
@@ -120,7 +132,7 @@ def test_a_model_that_does_not_exist(fails: Fails, model: Path, tmp_path: Path) 
     assert "the folder holds no tokenizer (tokenizer.json)" in fails(*given, f"model.path={tmp_path / 'mute'}")
 
 
-def test_a_name_that_the_hub_does_not_know(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_the_hub_does_not_know(fails: Fails, posttrain: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     def unreachable(*_: Any, **__: Any) -> Any:
@@ -129,6 +141,8 @@ def test_a_name_that_the_hub_does_not_know(fails: Fails, monkeypatch: pytest.Mon
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
     message = fails("train", "recipe=quickstart", "model.path=somebody/something")
     assert "model.path=somebody/something is neither a folder here" in message and message.endswith("We couldn't connect to the hub")
+    said = posttrain("doctor", "recipe=quickstart", "model.path=somebody/something")
+    assert said.code == 2 and "ERROR   model.path=somebody/something is neither a folder here" in said.out
 
 
 # -- machines ------------------------------------------------------------------------------------------------------------------------
@@ -170,7 +184,10 @@ def test_a_cluster_address_where_nothing_answers(fails: Fails) -> None:
         free = server.getsockname()[1]
     for command in ("train", "eval"):
         message = fails(command, "recipe=quickstart", f"cluster.address=127.0.0.1:{free}")
-        assert f"cluster.address=127.0.0.1:{free}: no Ray cluster answers there (Connection refused); start one with 'ray start --head'" in message
+        assert (
+            f"cluster.address=127.0.0.1:{free}: no Ray cluster answers there (Connection refused); start one with 'ray start --head'"
+            in message
+        )
     assert "write HOST:PORT" in fails("train", "recipe=quickstart", "cluster.address=somewhere")
 
 
@@ -217,7 +234,10 @@ def test_a_disk_that_is_full_when_a_stage_ends(fails: Fails, monkeypatch: pytest
     monkeypatch.setattr(runs, "_stages", stages)
     monkeypatch.setattr(folder, "write_json", full)
     message = fails("train", "recipe=quickstart", "run_dir=mine")
-    assert message == "no space left on the disk: somewhere/file; free some, or set run_dir to another disk; a run goes on with the same command and resume=auto"
+    assert (
+        message
+        == "no space left on the disk: somewhere/file; free some, or set run_dir to another disk; a run goes on with the same command and resume=auto"
+    )
 
 
 def test_a_folder_where_nothing_may_be_written(fails: Fails, tmp_path: Path) -> None:

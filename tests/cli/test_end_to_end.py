@@ -31,7 +31,9 @@ class Confident:
 def posttrain(folder: Path, *words: str) -> str:
     """What a command printed, errors and warnings included."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "posttrain.cli", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.cli", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for noise in ("Setting accelerator", "Writing model shards", "Error executing job", "[HYDRA]"):
         assert noise not in done.stdout + done.stderr
@@ -45,8 +47,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("run")
     (here / "my_terms.py").write_text(TERM)
     sure = "stages.sft.loss.streams.demos.masks.sure"
-    words = ["recipe=quickstart", "~stages.grpo", *TINY, "learner.engine=torch", "--multirun", "seed=3", "stages.sft.steps=2", "stages.sft.eval.at_start=false"]
-    words += ["stages.sft.eval.at_end=false", "stages.sft.learner.warmup_steps=0", f"{sure}._target_=my_terms.Confident", f"{sure}.low=1e-4"]
+    words = [
+        "recipe=quickstart",
+        "~stages.grpo",
+        *TINY,
+        "learner.engine=torch",
+        "--multirun",
+        "seed=3",
+        "stages.sft.steps=2",
+        "stages.sft.eval.at_start=false",
+    ]
+    words += [
+        "stages.sft.eval.at_end=false",
+        "stages.sft.learner.warmup_steps=0",
+        f"{sure}._target_=my_terms.Confident",
+        f"{sure}.low=1e-4",
+    ]
     said = posttrain(here, "train", *words)
     assert "run 1: seed=3" in said or "run 1:" in said
     (folder,) = (here / "runs").glob("quickstart-*")

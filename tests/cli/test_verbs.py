@@ -83,7 +83,11 @@ def test_multirun_starts_one_run_for_each_combination(posttrain: Posttrain, monk
     said = posttrain("train", "recipe=quickstart", *TINY, "--multirun", "seed=0,1", "stages.grpo.learner.lr=0.25,0.5")
     assert [(s[0], s[1], s[3]) for s in seen] == [(0, 0.25, 0), (0, 0.5, 0), (1, 0.25, 1), (1, 0.5, 1)]
     assert len({s[2] for s in seen}) == 1, "the other stage keeps its own"
-    assert seen[1][4][:3] == ["posttrain", "train", "recipe=quickstart"] and "stages.grpo.learner.lr=0.5" in seen[1][4] and "--multirun" not in seen[1][4]
+    assert (
+        seen[1][4][:3] == ["posttrain", "train", "recipe=quickstart"]
+        and "stages.grpo.learner.lr=0.5" in seen[1][4]
+        and "--multirun" not in seen[1][4]
+    )
     assert "run 2: seed=0 stages.grpo.learner.lr=0.5" in said.out
     assert said.code == 2 and said.err.count("posttrain: ") == 1 and "seed=1 stages.grpo.learner.lr=0.5: this one fails" in said.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"], "no logs beside the runs"
@@ -158,14 +162,23 @@ def test_doctor_finds_nothing_wrong_with_the_quickstart(posttrain: Posttrain) ->
     assert "model created on the spot" in sft and "model of the stage before" in grpo
     assert "learner: 1 rank, about" in sft and "rollout: 1 engine" in sft and "memory for all actors together: about" in sft
     assert "has the columns prompt, answer, level" in sft
-    assert "the chat template marks what the assistant writes" in sft and "<|im_end|>'; 300 of 300 answers end with a learnt end of turn" in sft
+    assert (
+        "the chat template marks what the assistant writes" in sft
+        and "<|im_end|>'; 300 of 300 answers end with a learnt end of turn" in sft
+    )
     assert "256 evaluation prompts, 0 of them also in the training data" in sft
     assert "<|assistant|>', and the answer follows" in grpo and "cannot act here: loss.streams.rollouts.masks.clip" in grpo
 
 
 def test_doctor_of_a_folder_and_a_file(posttrain: Posttrain, model: Path, rows: Rows, tmp_path: Path) -> None:
     path = rows({"question": "2+2?", "gold": "4"})
-    given = ["doctor", "recipe=sft", f"model.path={model}", f"data.train.path={path}", "data.train.columns={prompt: question, completion: gold}"]
+    given = [
+        "doctor",
+        "recipe=sft",
+        f"model.path={model}",
+        f"data.train.path={path}",
+        "data.train.columns={prompt: question, completion: gold}",
+    ]
     said = posttrain(*given)
     assert said.code == 0 and "data.train has the columns question, gold; read as prompt, completion" in said.out
     (tmp_path / "plain.jinja").write_text(CHATML)
@@ -194,7 +207,10 @@ def test_doctor_says_when_the_model_would_never_stop(posttrain: Posttrain, model
         (["recipe=sft", "model=tiny"], "data.train is not set"),
         (["recipe=sft", "model=tiny", "data.train.path=none.jsonl"], "no such data file"),
         (["recipe=sft", "model.path=/nowhere/model", "data.train.path=none.jsonl"], "model.path=/nowhere/model: there is no such folder"),
-        (["recipe=sft", "model=tiny", "data=composition", "data.kind=demos", "learner.micro_batch_tokens=999999999"], "memory for all actors together"),
+        (
+            ["recipe=sft", "model=tiny", "data=composition", "data.kind=demos", "learner.micro_batch_tokens=999999999"],
+            "memory for all actors together",
+        ),
         (["recipe=sft", "model=tiny", "data=composition", "data.kind=demos", "learner.updates_per_batch=99"], "more updates than demos"),
         (["recipe=sft", "model=tiny", "data=composition", "data.kind=demos", "cluster=gpu"], "this machine has 0"),
         (["recipe=sft", "model=tiny", "data=composition", "data.kind=demos", "loss=dpo"], "learns from pairs"),
@@ -250,7 +266,11 @@ def test_libraries_are_quiet(tmp_path: Path) -> None:
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     code = "import sys; from posttrain.cli import main; sys.stdout.flush(); main(['--help'])"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
