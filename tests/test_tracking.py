@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ def test_wandb_without_a_login_writes_offline(tmp_path: Path, monkeypatch: pytes
         tracker.close()
     assert said == []
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert record.stat().st_size > 0 and b"reward/mean" in record.read_bytes()
+    until = time.monotonic() + 60  # the writer is another process
+    while b"reward/mean" not in record.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert b"reward/mean" in record.read_bytes()
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
 
 
