@@ -128,6 +128,80 @@ class ColumnMinusKL:
 
 
 @dataclass(frozen=True)
+class GeneralizedAdvantage:
+    """Generalised advantage estimation from a recorded value of every token.
+
+    Equation: ``delta[t] = r[t] + gamma V[t+1] - V[t]``, ``A[t] = sum_{s >= t} (gamma lam)**(s-t) delta[s]`` over the stream's tokens; ``V`` behind the last is
+    0.  ``r[t] = R [t is the last] - coef (log pi_over[t] - log pi_to[t])``.
+    Source: arXiv 1506.02438; PPO, arXiv 1707.06347; ``lam_by_length``: VAPO, arXiv 2504.05118.
+
+    ``gamma``, ``lam``: discount per token and how far ahead rewards are trusted over values: 1 is ``R - V``, 0 one step.  ``lam_by_length``: above 0,
+    ``lam = 1 - 1/(lam_by_length T)`` instead, 0.05 as published.  ``rewards``: where the advantage column is paid out: its value at the ``last`` token, or as a
+    reward of ``each`` token (segment rewards).  ``coef``, ``to``, ``over``: a KL in the reward, off at 0.  ``values_from``: the column that holds ``V``, recorded
+    before the update as a log-prob is, NaN where there is none.
+
+    Wrong when: answers were cut off: the end of the budget is taken for the end of the answer, worth 0.  Tokens of other sources are passed over: a
+    value carries across a tool's output without discount.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    rewards: Literal["last", "each"] = "last"
+    coef: Scalar = 0.0
+    to: str = "base"
+    over: str = "old"
+    values_from: str = "value"
+    lam_by_length: float = 0.0
+    reads_column = True
+    coupling = "sequence"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1 and self.lam_by_length >= 0):
+            raise ValueError(
+                f"advantage.GeneralizedAdvantage: gamma={self.gamma} and lam={self.lam} lie between 0 and 1, lam_by_length={self.lam_by_length} is not negative"
+            )
+        if self.rewards not in ("last", "each"):
+            raise ValueError(f"advantage.GeneralizedAdvantage: rewards={self.rewards!r} does not exist; choose last or each")
+        if self.to == self.over:
+            raise ValueError(f"advantage.GeneralizedAdvantage: the KL from {self.over} to itself is 0; name two different policies")
+
+    @property
+    def _with_kl(self) -> bool:
+        return callable(self.coef) or self.coef != 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.values_from} | ({self.to, self.over} - {"self"} if self._with_kl else set()))
+
+    @property
+    def live(self) -> bool:
+        return self._with_kl and "self" in (self.to, self.over)
+
+    @property
+    def formula(self) -> str:
+        lam = f"1-1/({self.lam_by_length:g} T)" if self.lam_by_length else f"{self.lam:g}"
+        kl = f", KL {number(self.coef)} to pi_{self.to} in the reward" if self._with_kl else ""
+        return f"GAE(gamma {self.gamma:g}, lambda {lam}, rewards at {self.rewards}{kl})"
+
+    def values(self, view: TokenView) -> Tensor:
+        value, column = view.select(view.reference(self.values_from)), view.select(view.batch.advantage.to(view.logp.dtype))
+        behind = view.following(torch.ones_like(value))
+        reward = column if self.rewards == "each" else torch.where(behind > 0, torch.zeros_like(column), column)
+        if self._with_kl:
+            reward = reward - view.at(self.coef) * view.log_ratio(self.to, self.over, "token")
+        delta = reward + self.gamma * view.following(value) - value
+        lam: float | Tensor = self.lam
+        if self.lam_by_length:
+            lam = view.spread(1.0 - 1.0 / (self.lam_by_length * view.seq_len().clamp(min=1))).clamp(min=0.0)
+        return view.discounted(delta, self.gamma * lam)
+
+    def metrics(self, view: TokenView) -> Metrics:
+        if not self._with_kl:
+            return {}
+        return {"reward_kl": (float(view.log_ratio(self.to, self.over, "token").sum()), float(view.member.sum()))}
+
+
+@dataclass(frozen=True)
 class LogRatio:
     """How much more probable a token is to one policy than to another: a reward that needs no verifier.
 

@@ -134,14 +134,15 @@ class TokenView:
         """``[S]`` -> ``[N]``: every token gets its sequence's number."""
         return per_sequence[self.batch.seq]
 
-    def discounted(self, values: Tensor, decay: float = 1.0) -> Tensor:
-        """Sum over this and the later of the stream's tokens in the sequence, each further one ``decay`` times less, ``[N]``.
+    def discounted(self, values: Tensor, decay: float | Tensor = 1.0) -> Tensor:
+        """Sum over this and the later of the stream's tokens in the sequence, each further one ``decay`` (one number, or ``[N]``: of the step away
+        from a token) times less, ``[N]``.
 
         Tokens of other sources in between neither add nor discount: they get the sum of the next token of the stream.  Logarithmically many
         passes over the batch, and no sum ever leaves its sequence.
         """
         out, ends = self.select(values), self.batch.cu_seqlens[1:] - 1
-        reach = self.select(torch.full_like(out, decay), 1.0)
+        reach = self.select(decay if isinstance(decay, Tensor) else torch.full_like(out, decay), 1.0)
         reach[ends[self.batch.lengths > 0]] = 0.0
         step, longest = 1, int(self.batch.lengths.max()) if self.num_sequences else 0
         while step < longest:
@@ -149,6 +150,13 @@ class TokenView:
             out = out + torch.where(reach > 0, reach * ahead, torch.zeros_like(out))
             reach, step = reach * further, 2 * step
         return out
+
+    def following(self, values: Tensor) -> Tensor:
+        """``values`` at the next of the stream's tokens in the sequence, tokens of other sources passed over; 0 behind the last, ``[N]``."""
+        carried, ends = self.discounted(values, 0.0), self.batch.cu_seqlens[1:] - 1
+        ahead = torch.nn.functional.pad(carried[1:], (0, 1)) if len(carried) else carried
+        ahead[ends[self.batch.lengths > 0]] = 0.0
+        return ahead
 
     @property
     def in_pair(self) -> Tensor:

@@ -56,7 +56,7 @@ def example_batch(
         current = [math.nan] * prompt + [-3.0 * rng.random() - 0.01 for _ in range(answer)]
         sampled = [s == "policy" for s in sources]
         columns = {n: [c + rng.gauss(0.0, spread) if on else math.nan for c, on in zip(current, sampled, strict=True)] for n in COLUMNS}
-        columns["entropy"] = [more.random() if on else math.nan for on in sampled]
+        columns |= {n: [more.random() if on else math.nan for on in sampled] for n in ("entropy", "value")}
         rows.append(
             Row(
                 ids=[rng.randrange(11) for _ in range(length)],

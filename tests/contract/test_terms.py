@@ -47,6 +47,11 @@ VARIANTS: dict[str, list[Any]] = {
         advantage.ColumnMinusKL(over="behaviour", coef=Linear(0.0, 1.0)),
         advantage.ColumnMinusKL(gamma=0.9),
     ],
+    "advantage.GeneralizedAdvantage": [
+        advantage.GeneralizedAdvantage(0.9, 0.5, "each"),
+        advantage.GeneralizedAdvantage(0.9, coef=Linear(0.0, 1.0), over="self"),
+        advantage.GeneralizedAdvantage(coef=0.1, to="teacher", over="behaviour", lam_by_length=0.5),
+    ],
     "advantage.GroupCenter": [
         *(advantage.GroupCenter(divide=divide) for divide in ("none", "size")),
         advantage.GroupCenter(advantage.ColumnMinusKL(Linear(0.0, 1.0), to="behaviour", over="self", credit="sequence")),
@@ -129,6 +134,7 @@ VARIANTS: dict[str, list[Any]] = {
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "advantage.ColumnMinusKL": {"gamma": [0.5]},
+    "advantage.GeneralizedAdvantage": {"gamma": [0.5], "lam": [0.5], "coef": [0.5], "lam_by_length": [0.7]},
     "advantage.GroupCenter": {"inner": [advantage.Column()]},
     "advantage.Whiten": {"inner": [advantage.ColumnMinusKL()], "ddof": [1], "eps": [0.5]},
     "advantage.Pairwise": {"label": ["label"], "gap": ["reward"], "limit": [0.2, 0.5]},

@@ -82,7 +82,7 @@ def flat(grads: tuple[Tensor | None, ...], model: torch.nn.Module) -> Tensor:
 @cache
 def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> Data:
     """Nine rollouts (groups of 4, 3 and a dead one of 2; one wholly untrainable; tool tokens inside), three pairs and two demonstrations."""
-    rng = random.Random(seed)
+    rng, guess = random.Random(seed), random.Random(seed + 1000)
     model = naive.TinyCausal(seed=seed)
     seqs: list[naive.Sequence] = []
     reward = {"q1": [1.0, 0.0, 0.25, 0.0], "q2": [0.0, 1.0, 1.0], "q3": [1.0, 1.0]}
@@ -119,6 +119,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
         with torch.no_grad():
             rows_alone = model.rows_alone(s["ids"])
             logp = [math.nan, *(float(row[i]) for row, i in zip(rows_alone, s["ids"][1:], strict=True))]
+            s["value"] = [guess.random() for _ in range(length)]
             s["entropy"] = [math.nan, *(-(rows_alone.exp() * rows_alone).sum(1)).tolist()]
         for name in POLICIES:
             given = name == "base" or "policy" in s["sources"]
@@ -130,7 +131,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
                 ids=s["ids"],
                 sources=s["sources"],
                 trainable=s["trainable"],
-                logps={n: s[n] for n in (*POLICIES, "entropy")},
+                logps={n: s[n] for n in (*POLICIES, "entropy", "value")},
                 advantage=values.get(i, s["a"]),
                 group=s.get("question"),
                 pair=s.get("pair"),

@@ -347,6 +347,22 @@ def adaptive_kl(seqs: Seqs, coef: float = 0.2) -> Tensor:
     return total(out) / len(out)
 
 
+def gae(
+    seqs: Seqs, gamma: float = 1.0, lam: float = 0.95, coef: float = 0.0, each: bool = False, by_length: float = 0.0, whiten: bool = False
+) -> Tensor:
+    """PPO with the recursion of arXiv 1506.02438, backwards over the tokens that are learnt from."""
+    advantage = {}
+    for s in of(seqs, "policy"):
+        tokens, ahead, value = learnt(s, "policy"), 0.0, 0.0
+        own = max(1 - 1 / (by_length * len(tokens)), 0.0) if by_length and tokens else lam
+        for t in reversed(tokens):
+            reward = (s["a"][t] if each or t == tokens[-1] else 0.0) - coef * (s["old"][t] - s["base"][t])
+            ahead = reward + gamma * value - s["value"][t] + gamma * own * ahead
+            advantage[id(s), t], value = ahead, s["value"][t]
+    mean, std = moments(list(advantage.values())) if whiten else (0.0, 1.0 - 1e-8)
+    return total([surrogate(s, t, (advantage[id(s), t] - mean) / (std + 1e-8)) for s, t in tokens_of(seqs)]) / len(advantage)
+
+
 def sampled_entropy(seqs: Seqs) -> Tensor:
     return total([-s["l"][t] for s, t in tokens_of(seqs)]) / len(tokens_of(seqs))
 
@@ -372,6 +388,10 @@ def chain(**steps: Estimator) -> Estimator:
     return Chain(steps).__call__
 
 
+GAE = "streams.rollouts.advantage={_target_: posttrain.loss.advantage.GeneralizedAdvantage"
+WHITE_GAE = (
+    "streams.rollouts.advantage={_target_: posttrain.loss.advantage.Whiten, inner: {_target_: posttrain.loss.advantage.GeneralizedAdvantage"
+)
 COV = f"{MASKS}.covariance"
 RETURNS = "streams.rollouts.advantage.inner.gamma=0.9"
 CASES: dict[str, Case] = {
@@ -486,6 +506,23 @@ CASES: dict[str, Case] = {
         lambda s: naive.grpo(s) + 0.01 * answer_entropy(s),
         NORM,
         wrong=(naive.grpo, lambda s: naive.grpo(s) - 0.01 * answer_entropy(s)),
+    ),
+    "ppo with generalised advantages": Case(
+        "ppo", lambda s: gae(s), None, (f"{GAE}}}",), (naive.ppo, lambda s: gae(s, lam=1.0), lambda s: gae(s, each=True))
+    ),
+    "ppo with generalised advantages and a KL, whitened": Case(
+        "ppo",
+        lambda s: gae(s, 0.9, 0.8, 0.05, whiten=True),
+        None,
+        (f"{WHITE_GAE}, gamma: 0.9, lam: 0.8, coef: 0.05}}}}",),
+        (lambda s: gae(s, 0.9, 0.8, 0.05), lambda s: gae(s, 0.9, 0.8, whiten=True), lambda s: gae(s, 1.0, 0.8, 0.05, whiten=True)),
+    ),
+    "ppo with a reward for each token, lambda by length": Case(
+        "ppo",
+        lambda s: gae(s, 0.9, each=True, by_length=0.5),
+        None,
+        (f"{GAE}, gamma: 0.9, rewards: each, lam_by_length: 0.5}}",),
+        (lambda s: gae(s, 0.9, each=True), lambda s: gae(s, 0.9, by_length=0.5)),
     ),
     "dapo with entropy": Case("dapo", dapo_with_entropy, NORM, (ENTROPY,), (naive.dapo, lambda s: dapo_with_entropy(s, -1.0))),
     "reinforce with the squared log-ratio of answers": Case(
