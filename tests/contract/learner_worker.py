@@ -26,7 +26,8 @@ BETAS = (0.9, 0.99)
 
 @dataclass(frozen=True)
 class Case:
-    """``engine`` and ``stage`` as in the config; ``resume`` also checks a save after step 2 and a continuation to step 5."""
+    """``engine`` and ``stage`` as in the config; ``resume`` also checks a save after step 2 and a continuation to step 5; ``follow`` moves the
+    base half way to the policy after step 2."""
 
     engine: str = "deepspeed"
     stage: int = 0
@@ -37,16 +38,17 @@ class Case:
     kl: bool = False
     two_pass: bool = False
     resume: bool = False
+    follow: bool = False
 
     @property
     def name(self) -> str:
         words = [self.engine, f"stage{self.stage}", self.dtype]
-        return "-".join(words + [w for w in ("offload", "lora", "checkpointing", "kl", "two_pass") if getattr(self, w)])
+        return "-".join(words + [w for w in ("offload", "lora", "checkpointing", "kl", "two_pass", "follow") if getattr(self, w)])
 
     @property
     def reference(self) -> Case:
         """The single-process plain PyTorch run this one must agree with."""
-        return Case("torch", dtype=self.dtype, lora=self.lora, kl=self.kl)
+        return Case("torch", dtype=self.dtype, lora=self.lora, kl=self.kl, follow=self.follow)
 
 
 TORCH = [Case("torch", dtype=d, resume=True) for d in ("float32", "bfloat16")]
@@ -60,6 +62,7 @@ MORE = [
     Case(stage=3, kl=True),
     Case(stage=2, two_pass=True),
     *[Case("torch", lora=lora, kl=kl) for lora, kl in ((True, False), (False, True), (True, True))],
+    *[Case(stage=s, lora=lora, kl=True, follow=True, resume=True) for s, lora in ((0, True), (2, False), (3, False))],
 ]
 ALL = [*TORCH, *STAGES, *MORE]
 
@@ -206,6 +209,8 @@ def run(case: Case, model: str, rank: int, world_size: int, out: Path) -> dict[s
         reports.append(engine.optim_step())
         before, mean = mean, first_moments(engine, case)
         gradients.append({name: ((mean[name] - BETAS[0] * before[name]) / (1 - BETAS[0])).float() for name in mean})
+        if case.follow and step + 1 == SAVE_AT:
+            engine.move_base(0.5)
         if case.resume and step + 1 == SAVE_AT:
             engine.save(folder)
     end = masters(engine)

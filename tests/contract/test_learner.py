@@ -218,6 +218,15 @@ def test_full_kl_acts(results: Results, lora: bool) -> None:
     assert float((flat(with_kl["end"]) - flat(without["end"])).norm() / moved.norm()) > 100 * TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_base_that_follows_acts(results: Results, lora: bool) -> None:
+    """Moving the base half way changes what comes after by far more than the tolerance."""
+    following, staying = results(Case("torch", kl=True, lora=lora, follow=True), 1), results(Case("torch", kl=True, lora=lora), 1)
+    assert float((following["base"] - staying["base"]).abs().max()) > 1e-3
+    moved = flat(staying["end"]) - flat(staying["start"])
+    assert float((flat(following["end"]) - flat(staying["end"])).norm() / moved.norm()) > 10 * TOLERANCE["float32"]
+
+
 def test_only_adapters_are_trained(results: Results) -> None:
     found = results(Case(stage=3, lora=True), 2)
     assert found["end"] and all(".lora_" in name for name in found["end"])
