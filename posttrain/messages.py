@@ -92,7 +92,8 @@ def reword(error: BaseException, settings: Iterable[str], groups: dict[str, list
         reason = text.splitlines()[0]
         return f"a word cannot be read ({reason}); quote what has special characters: 'key=\"a: b\"', 'key=[1,2]'"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{found.group(1)} is not set; give {found.group(1)}=VALUE"
+        name = full.group(1) if (full := re.search(r"full_key: (\S+)", text)) else found.group(1)
+        return f"{name} is not set; give {name}=VALUE"
     if found := re.search(r"Interpolation key '([^']+)' not found", text):
         key = re.search(r"full_key: (\S+)", text)
         return f"{key.group(1) if key else 'a setting'} refers to ${{{found.group(1)}}}, which does not exist"
