@@ -42,11 +42,18 @@ class Engines:
     advantage: Any = None
 
     async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
+        from posttrain.rollout.prefix import behind, put_back
         from posttrain.rollout.strategy import collect
 
-        async def sample(prompts: Sequence[Any], n: int, first: int = 0, greedy: bool = False) -> list[Group]:
+        async def sample(
+            prompts: Sequence[Any], n: int, first: int = 0, greedy: bool = False, prefixes: Sequence[Sequence[int]] | None = None
+        ) -> list[Group]:
             sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
-            return await self.pool.sample(prompts, n, sampling, step, first=first)
+            if prefixes is None:
+                return await self.pool.sample(prompts, n, sampling, step, first=first)
+            begun = [behind(prompt, prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+            groups = await self.pool.sample(begun, n, sampling, step, first=first)
+            return [put_back(g, prompt, prefix, self.pool.decode) for g, prompt, prefix in zip(groups, prompts, prefixes, strict=True)]
 
         async def score(groups: Sequence[Group]) -> list[Group]:
             return await self.reward.score(groups, step, step / self.steps)
@@ -54,7 +61,7 @@ class Engines:
         def draw(count: int) -> list[Any]:
             return [self.prompts[i] for i in self.sampler.next(count)]
 
-        groups, report = await collect(self.strategy, draw, sample, score, self.prompts_per_step, step)
+        groups, report = await collect(self.strategy, draw, sample, score, self.prompts_per_step, step, step / self.steps)
         return list(groups), {**report, **self.reward.metrics, **self.pool.metrics()}
 
     @property
@@ -236,7 +243,8 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
 
     rollout, gpu = config.rollout, config.cluster.device == "cuda"
     assert config.model.path is not None
-    longest = config.data.max_prompt_tokens + max(rollout.max_tokens, config.eval.max_tokens or 0)
+    prefix = config.data.max_length if getattr(rollout.strategy, "needs_demos", False) else 0
+    longest = config.data.max_prompt_tokens + prefix + max(rollout.max_tokens, config.eval.max_tokens or 0)
     engine = EngineConfig(
         model=config.model.path,
         dtype=rollout.dtype or config.model.dtype,
@@ -357,8 +365,9 @@ async def open_stage(
             console.message(f"data.train holds {sizes} records, fewer than rollout.prompts_per_step={config.rollout.prompts_per_step}: each is seen more than once per step")
         drawn = Sampler(demos, config.seed, name="demos") if demos else None
         gate = GateStage(config.mixture.gate or PassThrough(), Demos(demos, drawn), config.steps)
-        if gate.gate.uses_demos and not demos:
-            raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
+        for key, asks in (("mixture.gate", gate.gate.uses_demos), ("rollout.strategy", getattr(config.rollout.strategy, "needs_demos", False))):
+            if asks and not demos:
+                raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
     rewards = make_rewards(config)
     pool = make_pool(config, tokenizer, version=0) if _samples(config) else None
     learner = make_learner(config, config.steps * config.learner.updates_per_batch)
@@ -374,6 +383,8 @@ async def open_stage(
             from posttrain.rollout.strategy import Fixed
 
             strategy = (config.rollout.strategy or Fixed()).bound(config.rollout.n)
+            if getattr(strategy, "needs_demos", False):
+                strategy = strategy.with_demos(gate.demos)
             rollout = Engines(
                 pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps, config.advantage
             )

@@ -140,8 +140,9 @@ def names(config: RunConfig) -> None:
     metric = config.eval.metric
     if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
         raise ConfigError(f"eval.metric={metric}: the rewards are {', '.join(reward.fn)}; null takes them combined")
-    if getattr(config.mixture.gate, "uses_demos", False) and config.data.demos is None:
-        raise ConfigError("mixture.gate asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
+    asked = {"mixture.gate": getattr(config.mixture.gate, "uses_demos", False), "rollout.strategy": getattr(config.rollout.strategy, "needs_demos", False)}
+    for key in (key for key, asks in asked.items() if asks and config.data.demos is None):
+        raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
 
 
 def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:

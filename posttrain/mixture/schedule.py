@@ -77,7 +77,7 @@ class WarmupCosine:
     """In steps, not in shares of the run: 0 to ``peak`` linearly over ``warmup`` steps, then half a cosine to ``valley`` over ``decay`` steps, then constant.
 
     ``steps`` is the length of the run, ``${steps}`` in a recipe: published schedules are stated in steps, whatever the run's length.
-    Without warm-up it starts at ``peak``.
+    Without warm-up it starts at ``peak``.  ``after``: the value beyond the last step of the decay; null holds the valley.
     """
 
     peak: float
@@ -85,6 +85,7 @@ class WarmupCosine:
     warmup: int
     decay: int
     steps: int
+    after: float | None = None
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.decay < 1 or self.steps < 1:
@@ -96,6 +97,8 @@ class WarmupCosine:
         step = progress * self.steps
         if step < self.warmup:
             return self.peak * step / self.warmup
+        if self.after is not None and step > self.warmup + self.decay + 1e-6:
+            return self.after
         u = min((step - self.warmup) / self.decay, 1.0)
         return self.valley + (self.peak - self.valley) * 0.5 * (1.0 + math.cos(math.pi * u))
 

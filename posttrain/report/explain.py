@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config import RunConfig
 from posttrain.loss.unified import Objective, Stream, declared
+from posttrain.report.notes import Notes, source_of
 
 COLUMN_NOTES = {
     "old": "the learner's own log-probs before the first update of a batch (free with one update per batch)",
@@ -53,15 +55,15 @@ def explain(
     advantage: Any = None,
     run: RunFacts | Mapping[str, Any] | None = None,
     more: Sequence[str] = (),
+    notes: Notes | None = None,
     **facts: Any,
 ) -> str:
     """The objective in plain text.  ``advantage`` is the estimator that fills the advantage column; ``run`` or keywords are :class:`RunFacts`;
-    ``more`` are further settings that cannot act (:func:`idle_settings`).
+    ``more`` are further settings that cannot act (:func:`idle_settings`); ``notes`` say where the loss comes from.
 
     Without any facts the last section is left out: nothing is known about the run.
     """
-    lines = [f"{objective.name}: maximise J = " + " + ".join(_title(n, s) for n, s in objective.streams.items())]
-    lines[0] += "".join(f" - {name}" for name in objective.regularizers)
+    lines = [_head(objective)]
     for name, stream in objective.streams.items():
         lines += ["", *_stream(name, stream)]
     for name, term in objective.regularizers.items():
@@ -70,6 +72,7 @@ def explain(
         lines += ["", f"  {name}: {_formula(term)}", f"    on {', '.join(on) if on else 'every stream'}, summed with {scale}"]
     if advantage is not None:
         lines += ["", f"  A: {_short(advantage)}"]
+    lines += ["", "sources", *_sources(objective, notes)]
     lines += ["", "needs", *_needs(objective)]
     if run is not None or facts:
         idle = [*settings_that_cannot_act(objective, advantage, run, **facts), *more]
@@ -77,23 +80,56 @@ def explain(
     return "\n".join(lines)
 
 
+def equation(objective: Objective) -> list[str]:
+    """The objective alone, in a few lines."""
+    lines = [_head(objective)]
+    lines += [f"  {name}: {_gradient(stream)}" for name, stream in objective.streams.items()]
+    return lines + [f"  {name}: {_formula(term)}" for name, term in objective.regularizers.items()]
+
+
+def _head(objective: Objective) -> str:
+    streams = " + ".join(_title(n, s) for n, s in objective.streams.items())
+    return f"{objective.name}: maximise J = {streams}" + "".join(f" - {name}" for name in objective.regularizers)
+
+
 def _title(name: str, stream: Stream) -> str:
     return name if stream.coef == 1.0 else f"{_number(stream.coef)} * {name}"
 
 
+def _gradient(stream: Stream) -> str:
+    factors = [_formula(stream.aggregation), *map(_formula, stream.masks.values()), _formula(stream.reference), _formula(stream.advantage)]
+    return f"grad = {' * '.join(f for f in factors if f)} * {_formula(stream.likelihood) or 'grad l'}"
+
+
 def _stream(name: str, stream: Stream) -> list[str]:
     which = {None: "", True: ", in a preference pair", False: ", not in a preference pair"}[stream.paired]
-    factors = [_formula(stream.aggregation), *map(_formula, stream.masks.values()), _formula(stream.reference), _formula(stream.advantage)]
-    gradient = _formula(stream.likelihood) or "grad l"
+    which += f", {stream.side}" if stream.side else ""
+    which += f", scored under {stream.context!r}" if stream.context else ""
+    which += f", {stream.side} side" if stream.side else ""
+    which += f", scored under {stream.context}" if stream.context else ""
     rows = {"likelihood": stream.likelihood, "reference": stream.reference, "advantage": stream.advantage}
     rows |= {f"mask {k}": m for k, m in stream.masks.items()} or {"mask": None}
     rows |= {"aggregation": stream.aggregation}
     width = max(map(len, rows))
     return [
         f"  {name}: sum over trainable tokens from {', '.join(stream.source)}{which}, l = log pi(token)",
-        f"    grad = {' * '.join(f for f in factors if f)} * {gradient}",
+        f"    {_gradient(stream)}",
         *(f"    {label:<{width}}  {_short(term) if term is not None else 'none'}" for label, term in rows.items()),
     ]
+
+
+def _sources(objective: Objective, notes: Notes | None) -> list[str]:
+    """Where the loss comes from, what releases do otherwise, and where its terms come from."""
+    lines = []
+    if notes is not None:
+        lines += [notes.about, *(f"https://arxiv.org/abs/{paper}" for paper in notes.papers)]
+        lines += [f"run with: {notes.run_with}"] if notes.run_with else []
+        lines += [f"releases: {notes.releases or 'no difference is noted'}"]
+    streams = [term for stream in objective.streams.values() for term in stream.terms.values()]
+    for term in dict.fromkeys(type(t) for t in [*streams, *objective.regularizers.values()]):
+        if source := source_of(term):
+            lines.append(f"{term.__name__}: {source}")
+    return [f"  {each}" for line in lines if line for each in textwrap.wrap(line, 140, subsequent_indent="  ", break_long_words=False)]
 
 
 def _formula(term: Any) -> str:
@@ -118,8 +154,11 @@ def _needs(objective: Objective) -> list[str]:
     needs = objective.needs
     lines = [f"  log-probs {name}: {COLUMN_NOTES.get(name, 'a named column of the batch')}" for name in sorted(needs.references)]
     lines += [f"  column {name}: over the whole vocabulary, with gradient, from the same forward" for name in sorted(needs.columns)]
+    lines += [f"  context {name}: rows scored beside those that are learnt from" for name in sorted(needs.contexts)]
     if not lines:
         lines.append("  no second model and no recorded log-probs")
+    if objective.remembers:
+        lines.append("  memory: numbers carried from step to step, and in checkpoints")
     if any(getattr(s.advantage, "reads_column", False) for s in objective.streams.values()):
         lines.append("  the advantage column: choose advantage=NAME")
     whole = needs.keep_whole
@@ -166,8 +205,9 @@ def idle_settings(config: RunConfig) -> list[str]:
         lines.append("reward: nothing is sampled and nothing is evaluated; set reward=none, or eval.at_end=true")
     if not config.reward.fn and config.reward.weights:
         lines.append("reward.weights: there is no reward; choose reward=NAME")
-    if config.data.demos is not None and not getattr(config.mixture.gate, "uses_demos", False):
-        lines.append("data.demos: no gate asks for demonstrations; set mixture.gate, or data.demos=null")
+    asked = getattr(config.mixture.gate, "uses_demos", False) or getattr(config.rollout.strategy, "needs_demos", False)
+    if config.data.demos is not None and not asked:
+        lines.append("data.demos: no gate asks for demonstrations, nor does rollout.strategy; set mixture.gate, or data.demos=null")
     if learner.schedule == "constant" and learner.min_lr_ratio > 0:
         lines.append(f"learner.min_lr_ratio={learner.min_lr_ratio:g}: learner.schedule=constant never comes down; choose linear or cosine")
     if learner.lr == 0:

@@ -19,21 +19,23 @@ SAME = 1e-9
 
 @dataclass(frozen=True)
 class StepInfo:
-    """``step`` of the run, ``round`` of drawing within it (from 0), ``missing`` groups until the target."""
+    """``step`` of the run, ``round`` of drawing within it (from 0), ``missing`` groups until the target; ``progress`` of the run in [0, 1]."""
 
     step: int
     round: int
     missing: int
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
 class Ask:
-    """``n`` samples of one prompt, numbered from ``first``; ``greedy`` ones are sampled at temperature 0."""
+    """``n`` samples of one prompt, numbered from ``first``; ``greedy`` ones are sampled at temperature 0; all begin with ``prefix``."""
 
     prompt: Prompt
     n: int
     first: int = 0
     greedy: bool = False
+    prefix: tuple[int, ...] = ()
 
 
 class RolloutStrategy(Protocol):
@@ -231,11 +233,12 @@ async def collect(
     score: Callable[[Sequence[Group]], Awaitable[Sequence[Group]]],
     target_groups: int,
     step: int,
+    progress: float = 0.0,
 ) -> tuple[list[Group], dict[str, float]]:
     """Draw, sample, score and admit until there are ``target_groups`` or the strategy ends the step.
 
-    ``sample(prompts, n)`` returns one group per prompt, in order (``sample(prompts, n, first=k)`` continues a group at sample ``k``, and
-    ``greedy=True`` asks for temperature 0).
+    ``sample(prompts, n)`` returns one group per prompt, in order (``sample(prompts, n, first=k)`` continues a group at sample ``k``,
+    ``greedy=True`` asks for temperature 0, and ``prefixes`` has the tokens with which the answers to each prompt begin).
     Returns the kept groups in the order they were drawn, and the counts ``rollout/{generated,kept,dropped/REASON,...}``.  No prompt is
     used twice in a step: a repeated draw is counted as ``repeat`` and drawn again.  Raises what ``strategy.short`` raises.
     """
@@ -244,7 +247,7 @@ async def collect(
     generated = rounds = 0
     used: set[str] = set()
     while missing := target_groups - len(kept):
-        info = StepInfo(step, rounds, missing)
+        info = StepInfo(step, rounds, missing, progress)
         prompts = _draw(strategy, sampler_next, info, used, dropped)
         if not prompts:
             break
@@ -296,16 +299,20 @@ def _draw(
 
 
 async def _sample(sample: Callable[..., Awaitable[Sequence[Group]]], asks: Sequence[Ask]) -> list[Group]:
-    """One call per group size; the groups come back in the order of the asks."""
-    shapes = dict.fromkeys((ask.n, ask.first, ask.greedy) for ask in asks)
+    """One call per group size; one group per prompt comes back, in the order of the asks, with the answers of all asks for it."""
+    shapes = dict.fromkeys((ask.n, ask.first, ask.greedy, bool(ask.prefix)) for ask in asks)
     answered: dict[str, Group] = {}
-    for n, first, greedy in shapes:
-        prompts = [ask.prompt for ask in asks if (ask.n, ask.first, ask.greedy) == (n, first, greedy)]
+    for n, first, greedy, prefixed in shapes:
+        alike = [ask for ask in asks if (ask.n, ask.first, ask.greedy, bool(ask.prefix)) == (n, first, greedy, prefixed)]
         extra: dict[str, Any] = ({"first": first} if first else {}) | ({"greedy": True} if greedy else {})
-        answered.update((group.id, group) for group in await sample(prompts, n, **extra))
-    if lost := [ask.prompt.id for ask in asks if ask.prompt.id not in answered]:
-        raise RuntimeError(f"no group came back for {len(lost)} of {len(asks)} prompts, first {lost[0]!r}")
-    return [answered[ask.prompt.id] for ask in asks]
+        extra |= {"prefixes": [ask.prefix for ask in alike]} if prefixed else {}
+        for group in await sample([ask.prompt for ask in alike], n, **extra):
+            before = answered.get(group.id)
+            answered[group.id] = group if before is None else replace(before, rollouts=before.rollouts + group.rollouts)
+    order = dict.fromkeys(ask.prompt.id for ask in asks)
+    if lost := [name for name in order if name not in answered]:
+        raise RuntimeError(f"no group came back for {len(lost)} of {len(order)} prompts, first {lost[0]!r}")
+    return [answered[name] for name in order]
 
 
 async def _scored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -35,3 +36,12 @@ def test_an_injected_demonstration_takes_the_runs_estimator() -> None:
 
     assert gate_of("luffy").advantage == GroupAdvantage(scale="none")
     assert gate_of("luffy", "advantage=group_norm").advantage == GroupAdvantage()
+
+
+@pytest.mark.parametrize(("name", "samples"), [("prefix", 1), ("hint", None)])
+def test_a_rollout_with_prefixes_composes(name: str, samples: int | None) -> None:
+    from omegaconf import OmegaConf
+
+    composed = _compose("train", [f"rollout={name}", "steps=500"])
+    strategy = _build(OmegaConf.to_container(composed, resolve=True), "")["rollout"]["strategy"].bound(4)
+    assert strategy.samples == samples and strategy.needs_demos and 0 <= strategy.length(random.Random(0), 0.5) <= 0.95
