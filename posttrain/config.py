@@ -370,6 +370,14 @@ def check(config: RunConfig) -> None:
         )
         if needs_group(config.advantage):
             require(rollout.n > 1, f"rollout.n={rollout.n}: {type(config.advantage).__name__} compares answers to one prompt; set rollout.n to 2 or more")
+        paired = any(s.paired and "policy" in s.source for s in config.loss.streams.values())
+        making = getattr(config.mixture.gate, "makes_pairs", False)
+        require(
+            not paired or making,
+            f"loss {config.loss.name!r} learns from pairs, and nothing makes pairs of the sampled answers: choose mixture=best_worst",
+        )
+        given = getattr(config.mixture.gate, "uses_demos", False)
+        require(not making or given or rollout.n > 1, f"rollout.n={rollout.n}: the best answer to a prompt needs a worst; set rollout.n to 2 or more")
         limit = rollout.max_model_len
         require(
             limit is None or data.max_prompt_tokens + rollout.max_tokens <= limit,

@@ -8,6 +8,8 @@ import pytest
 
 from posttrain.cli import compose_loss
 from posttrain.config import ConfigError, LearnerConfig, RunConfig, check, from_mapping
+from posttrain.mixture.gate import InTurn
+from posttrain.mixture.pairs import BestWorst
 from posttrain.words import Words, open_map
 
 DISTILL = ["regularizers.kl={_target_: posttrain.loss.regularizer.KL, to: teacher, coef: 0.1}"]
@@ -40,6 +42,10 @@ def test_a_good_config_passes() -> None:
     config = settings()
     check(config)
     assert config.rollout.n == 8
+
+
+def test_sampled_pairs_and_a_base_that_moves_pass() -> None:
+    check(settings(loss="online_dpo", mixture__gate=InTurn({"pairs": BestWorst()}), learner__base_every=5, learner__base_mix=0.6))
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,12 @@ def test_whole_numbers_are_numbers() -> None:
         ({"rollout__kind": "replay", "data__kind": "demos"}, "learns from sampled tokens only"),
         ({"data__kind": "pairs"}, "data.kind must be prompts"),
         ({"advantage": None}, "rollouts need an advantage"),
+        ({"loss": "online_dpo"}, "nothing makes pairs of the sampled answers: choose mixture=best_worst"),
+        ({"loss": "online_dpo", "mixture__gate": BestWorst(), "rollout__n": 1}, "the best answer to a prompt needs a worst"),
+        ({"learner__base_every": -1}, "0 never moves the base"),
+        ({"learner__base_mix": 0.0}, "above 0 and at most 1"),
+        ({"learner__base_every": 5}, "loss 'grpo' compares with no base"),
+        ({"loss": "nash_md", "learner__base_every": 5, "learner__base_mix": 0.01}, "lost to rounding"),
         ({"reward__fn": {}}, "needs a reward"),
         ({"loss": "sft"}, "no stream for sampled tokens"),
         ({"loss": "sft", "rollout__kind": "replay", "data__kind": "pairs"}, "needs a preference loss"),

@@ -21,7 +21,8 @@ REPLACED, WAITS = "replaced_by_demonstration", "waits_for_demonstration"
 
 class Gate(Protocol):
     """``uses_demos``: whether demonstrations must be there.  Optional: ``separate_step`` (demonstrations get an optimizer step of their own,
-    after the others), and ``state_dict()`` / ``load_state_dict(state)``, plain values fit for JSON, for a gate that remembers."""
+    after the others), ``makes_pairs`` (it turns groups into preference pairs), and ``state_dict()`` / ``load_state_dict(state)``, plain values
+    fit for JSON, for a gate that remembers."""
 
     uses_demos: bool
 
@@ -196,6 +197,10 @@ class InTurn:
     @property
     def uses_demos(self) -> bool:
         return any(gate.uses_demos for gate in self._given.values())
+
+    @property
+    def makes_pairs(self) -> bool:
+        return any(getattr(gate, "makes_pairs", False) for gate in self._given.values())
 
     @property
     def separate_step(self) -> bool:

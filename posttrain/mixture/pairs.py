@@ -28,6 +28,7 @@ class BestWorst:
     metric: str = "reward"
     gap: float = 0.0
     uses_demos = False
+    makes_pairs = True
 
     def __post_init__(self) -> None:
         if not self.gap >= 0:
@@ -72,6 +73,7 @@ class GivenAgainstSampled:
     given: str = "score"
     missing: Literal["drop", "error"] = "error"
     uses_demos = True
+    makes_pairs = True
 
     def __post_init__(self) -> None:
         if self.chosen not in ("given", "better"):
