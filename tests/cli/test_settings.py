@@ -106,7 +106,7 @@ def test_a_target_that_cannot_be_found(fails: Fails, tmp_path: Path, target: str
         ("defaults: [trian, _self_]\n", r"the 'defaults' of mine name 'trian', which does not exist; did you mean 'train'\?"),
         ("name: x\n", r"a recipe begins with  defaults: \[train, _self_\]"),
         ("defaults: [train, _self_]\nlearner: {lrr: 1}\n", r"unknown key learner.lrr; did you mean learner.lr\?"),
-        ("defaults: [train, _self_]\nlearner: {lr: '???'}\n", r"learner.lr is not set; give learner.lr=VALUE"),
+        ("defaults: [train, _self_]\ndata: {train: {path: '???'}}\n", r"data.train.path is not set; give data.train.path=VALUE"),
         ("defaults: [train, _self_]\nstages: [a, b]\n", r"stages must map each name to a list of settings"),
         ("defaults: [train, _self_]\nmodel: {path: x}\ndata: {train: {path: '${oc.env:NOT_SET_ANYWHERE}'}}\n", r"NOT_SET_ANYWHERE"),
     ],
