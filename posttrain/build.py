@@ -419,7 +419,7 @@ async def open_stage(
             steps=config.steps,
             start=start,
             rollout=rollout,
-            advantage=config.advantage if config.rollout.kind == "vllm" else _as_is,
+            advantage=(config.advantage or _as_is) if config.rollout.kind == "vllm" else _as_is,
             gate=gate,
             learner=learn,
             publish=publish,

@@ -361,17 +361,17 @@ def check(config: RunConfig) -> None:
     if rollout.kind == "vllm":
         require(data.kind == "prompts", f"rollout.kind=vllm samples answers, so data.kind must be prompts, not {data.kind}; or set rollout=replay")
         require(bool(config.reward.fn), "rollout.kind=vllm needs a reward: choose reward=NAME or set reward.fn.NAME._target_=module.function")
-        require(config.advantage is not None, "rollouts need an advantage: choose advantage=group_norm (or another file of configs/advantage)")
+        making = getattr(config.mixture.gate, "makes_pairs", False)
+        require(config.advantage is not None or making, "rollouts need an advantage: choose advantage=group_norm (or another file of configs/advantage)")
         require("policy" in sources, f"loss {config.loss.name!r} has no stream for sampled tokens; choose another loss or set rollout=replay")
         require(
-            abs(needs.temperature - rollout.temperature) < 1e-9,
+            abs(needs.temperature - rollout.temperature) < 1e-9 or all(_imitates(s) for s in config.loss.streams.values()),
             f"the loss scores tokens at temperature {needs.temperature} but they are sampled at {rollout.temperature}; set the likelihood's "
             f"temperature to rollout.temperature (likelihood.temperature: ${{rollout.temperature}})",
         )
         if needs_group(config.advantage):
             require(rollout.n > 1, f"rollout.n={rollout.n}: {type(config.advantage).__name__} compares answers to one prompt; set rollout.n to 2 or more")
         paired = any(s.paired and "policy" in s.source for s in config.loss.streams.values())
-        making = getattr(config.mixture.gate, "makes_pairs", False)
         require(
             not paired or making,
             f"loss {config.loss.name!r} learns from pairs, and nothing makes pairs of the sampled answers: choose mixture=best_worst",
@@ -396,6 +396,12 @@ def check(config: RunConfig) -> None:
     if config.eval.at_start or config.eval.at_end or config.eval.every:
         require(data.eval is not None, "evaluation is asked for but data.eval is not set: give data.eval.path=FILE or eval.at_start=false eval.at_end=false")
         require(bool(config.reward.fn), "evaluation needs a reward to say what is right: choose reward=NAME")
+
+
+def _imitates(stream: Any) -> bool:
+    """Whether a stream's tokens are learnt alike, whoever sampled them: then the temperature they were drawn at is free."""
+    terms = (stream.reference, *stream.masks.values())
+    return bool(getattr(stream.advantage, "constant", False)) and not any({"old", "behaviour"} & set(getattr(t, "needs", ())) for t in terms)
 
 
 def needs_group(advantage: Any) -> bool:
