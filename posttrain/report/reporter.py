@@ -78,7 +78,8 @@ class Reporter:
             if self.config.check.alarm == "stop":
                 raise CanaryError(f"{alarm.text} (check.alarm=warn only tells)")
             self.console.message(f"alarm: {alarm.text}")
-        self.console.step(step + 1, shown, rollouts[: tracking.console_samples])
+        groups = [i.rollouts for i in items if isinstance(i, Group) and i.rollouts]
+        self.console.step(step + 1, shown, [g[step % len(g)] for g in groups[: tracking.console_samples]])
 
 
 def _rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
