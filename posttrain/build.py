@@ -55,14 +55,20 @@ class Engines:
             groups = await self.pool.sample(begun, n, sampling, step, first=first)
             return [put_back(g, prompt, prefix, self.pool.decode) for g, prompt, prefix in zip(groups, prompts, prefixes, strict=True)]
 
+        seen: dict[str, Group] = {}  # all that was scored in this step, in however many calls
+
         async def score(groups: Sequence[Group]) -> list[Group]:
-            return await self.reward.score(groups, step, step / self.steps)
+            scored = await self.reward.score(groups, step, step / self.steps)
+            for group in scored:
+                before = seen[group.id].rollouts if group.id in seen else ()
+                seen[group.id] = replace(group, rollouts=before + group.rollouts)
+            return scored
 
         def draw(count: int) -> list[Any]:
             return [self.prompts[i] for i in self.sampler.next(count)]
 
         groups, report = await collect(self.strategy, draw, sample, score, self.prompts_per_step, step, step / self.steps)
-        return list(groups), {**report, **self.reward.metrics, **self.pool.metrics()}
+        return list(groups), {**report, **self.reward.measure(list(seen.values())), **self.pool.metrics()}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -409,6 +415,8 @@ async def open_stage(
             gate.load(remembered["gate"])
             learn.load(remembered.get("learn", {"memory": {}}))
             reporter.alarms.load_state_dict(remembered["alarms"])
+            reporter.last = remembered.get("metrics", {})
+            held_out.results |= remembered.get("evaluation", {})
             canaries.moved = True
             if pool:
                 refs, fingerprint = await learner.publish(start)
@@ -427,7 +435,13 @@ async def open_stage(
             checkpoint=checkpoint.Checkpointer(
                 checkpoints,
                 learner,
-                lambda: {"gate": gate.state, "learn": learn.state, "alarms": reporter.alarms.state_dict()},
+                lambda: {
+                    "gate": gate.state,
+                    "learn": learn.state,
+                    "alarms": reporter.alarms.state_dict(),
+                    "metrics": reporter.last,
+                    "evaluation": held_out.results,
+                },
                 config.checkpoint.every,
                 config.checkpoint.keep,
                 config.steps,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from posttrain.advantage.group import statistics
 from posttrain.alarms import Alarms, ConstantReward, default_rules
 from posttrain.canary import CanaryError
 from posttrain.config import RunConfig
 from posttrain.folder import RunFolder
-from posttrain.metrics import repetition
+from posttrain.metrics import Accumulator, repetition
 from posttrain.mixture.gate import is_given
 from posttrain.records import Group, Rollout
 
@@ -63,7 +64,7 @@ class Reporter:
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         rollouts = [r for i in items if isinstance(i, Group) for r in i.rollouts if not is_given(r)]
-        shown = {"progress/step": float(step + 1), **metrics, **_rollout_metrics(rollouts)}
+        shown = {"progress/step": float(step + 1), **metrics, **_group_metrics(items), **_rollout_metrics(rollouts)}
         tokens = sum(v for k, v in shown.items() if k.endswith("/tokens") and k.count("/") == 1 and k != "mismatch/tokens")
         shown |= {"time/step_s": seconds, "time/tokens_per_s": tokens / max(seconds, 1e-9)}
         shown |= {f"time/{phase}_s": value for phase, value in self.timings.last().items()}
@@ -80,6 +81,14 @@ class Reporter:
             self.console.message(f"alarm: {alarm.text}")
         groups = [i.rollouts for i in items if isinstance(i, Group) and i.rollouts]
         self.console.step(step + 1, shown, [g[step % len(g)] for g in groups[: tracking.console_samples]])
+
+
+def _group_metrics(items: Sequence[Any]) -> dict[str, float]:
+    """What the advantages were made of; answers that were given count for nothing."""
+    groups = [replace(i, rollouts=tuple(r for r in i.rollouts if not is_given(r))) for i in items if isinstance(i, Group)]
+    measured = Accumulator()
+    measured.add(statistics(groups))
+    return measured.result()
 
 
 def _rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -44,12 +44,16 @@ class ErrorBudget:
         self.share, self.window = share, window
         self._steps: dict[str, deque[tuple[int, int]]] = {}
         self._last: dict[str, str] = {}
+        self._newest: dict[str, int] = {}
 
     def add(self, step: int, counts: Mapping[str, tuple[int, int]], last: Mapping[str, str]) -> None:
-        """Book (scored, failed) per reward of one step.  Raises :class:`RewardBudgetError` when a budget is spent."""
+        """Book (scored, failed) per reward of one step, which may take several calls.  Raises :class:`RewardBudgetError` when a budget is spent."""
         self._last.update(last)
         for name, (scored, failed) in counts.items():
             history = self._steps.setdefault(name, deque(maxlen=self.window))
+            if history and self._newest.get(name) == step:
+                scored, failed = scored + history[-1][0], failed + history.pop()[1]
+            self._newest[name] = step
             history.append((scored, failed))
             total, bad = sum(s for s, _ in history), sum(f for _, f in history)
             if bad > self.share * self.window * total / len(history):
@@ -65,6 +69,7 @@ class ErrorBudget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps = {name: deque(((s, f) for s, f in history), maxlen=self.window) for name, history in state["steps"].items()}
         self._last = dict(state["last"])
+        self._newest = {}
 
 
 class RewardPool:
@@ -142,7 +147,7 @@ class RewardPool:
             return self._combined(r, vectors[r.sample_id], progress) if r.sample_id in vectors else r
 
         scored = [replace(group, rollouts=tuple(map(filled, group.rollouts))) for group in groups]
-        self.metrics = self._measure(scored)
+        self.metrics = self.measure(scored)
         self._book(step, flat, vectors, progress)
         return scored
 
@@ -218,8 +223,8 @@ class RewardPool:
                 counts[name] = (len(mine), len(failed))
         self.budget.add(step, counts, last)
 
-    def _measure(self, groups: Sequence[Group]) -> dict[str, float]:
-        """``reward/`` mean, std, unshaped, masked, unfinished, constant_groups, and per reward mean, min, max and counts by status."""
+    def measure(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Of scored groups, ``reward/`` mean, std, unshaped, masked, unfinished, constant_groups, and per reward mean, min, max and counts by status."""
         rollouts = [r for group in groups for r in group.rollouts]
         rewards = [r.reward for r in rollouts if r.reward is not None]
         values: dict[str, list[float]] = {}

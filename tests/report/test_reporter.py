@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,17 @@ def test_a_row_holds_the_step_and_what_the_rollouts_were_like(make, tmp_path):
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert row["step"] == 1 and row["reward/mean"] == 0.5 and row["rollout/tokens_mean"] == 2.0 and row["rollout/repetition"] == 0.0
     assert list((tmp_path / "completions").iterdir())
+
+
+def test_advantages_and_failed_verdicts_are_in_the_row(make, tmp_path):
+    first, second, third = (replace(groups(*r)[0], prompt=Prompt(str(i), (1,))) for i, r in enumerate([(0.0, 1.0), (1.0, 1.0), (0.0, 0.0)]))
+    first = replace(first, rollouts=tuple(replace(r, advantage=a) for r, a in zip(first.rollouts, (-1.0, 1.0), strict=True)))
+    third = replace(third, rollouts=(third.rollouts[0], replace(third.rollouts[1], reward=None)))
+    with make() as reporter:
+        reporter.step(0, {}, [first, second, third])
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row["advantage/abs"] == 1.0 and row["advantage/dead_groups"] == 1 / 3 == row["advantage/single_groups"]
+    assert row["reward/failed"] == 1 / 6 and row["reward/mean"] == 3 / 5
 
 
 def test_a_constant_reward_is_told_once(make):

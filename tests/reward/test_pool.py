@@ -313,3 +313,12 @@ def test_budget_forgets_what_left_the_window_and_survives_a_restart():
             b.add(step, {"r": (10, 1)}, {})
         with pytest.raises(RewardBudgetError, match="4 of 30"):
             b.add(20, {"r": (10, 2)}, {})
+
+
+def test_a_step_scored_in_several_calls_is_one_step_of_the_budget():
+    whole, parts = ErrorBudget(0.1, 3), ErrorBudget(0.1, 3)
+    for step in range(5):
+        whole.add(step, {"r": (10, 1)}, {})
+        parts.add(step, {"r": (4, 0)}, {})
+        parts.add(step, {"r": (6, 1)}, {})
+        assert parts.state_dict() == whole.state_dict()
