@@ -37,6 +37,7 @@ class One:
     """
 
     value: Scalar = 1.0
+    constant = True
 
     @property
     def formula(self) -> str:

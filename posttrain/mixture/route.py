@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from posttrain.mixture.demos import Demos
-from posttrain.mixture.gate import REPLACED, Success
-from posttrain.records import Demo, Group
+from posttrain.mixture.gate import REPLACED, Success, as_rollout
+from posttrain.records import Demo, Group, Rollout
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,35 @@ class FirstAccepted:
     def _rank(self, demo: Demo) -> int:
         kind = demo.prompt.meta.get(self.kind_column) if demo.prompt else None
         return self.prefer.index(kind) if kind in self.prefer else len(self.prefer)
+
+
+@dataclass(frozen=True)
+class RightOnly:
+    """What is right about a prompt: the own answers that are, and the given ones, in one group with advantage 1.
+
+    Source: learning from self-sampled correct programs, arXiv 2205.14318.
+
+    ``repeats``: whether answers with the same tokens count each (a repeated answer then takes a larger share).  ``success``: when an own answer is right.
+
+    Wrong when: the group is cut by a limit on tokens: answers of one prompt must be weighed together (the learner then takes two passes).
+    """
+
+    repeats: bool = False
+    success: Success = field(default_factory=Success)
+    uses_demos = True
+
+    def __call__(self, items: Sequence[Any], demos: Demos, step: int, progress: float) -> list[Any]:
+        return [self._gather(item, demos) if isinstance(item, Group) else item for item in items]
+
+    def _gather(self, group: Group, demos: Demos) -> Group:
+        seen: set[tuple[int, ...]] = set()
+
+        def judged(rollout: Rollout, right: bool) -> Rollout:
+            ids = tuple(i for s in rollout.segments for i in s.ids)
+            counts = right and (self.repeats or ids not in seen)
+            seen.update([ids] if right else [])
+            return replace(rollout, advantage=1.0 if counts else None)
+
+        given = [judged(as_rollout(demo), True) for demo in demos.of(group.prompt)]
+        own = [judged(r, bool(self.success.of(r))) for r in group.rollouts]
+        return replace(group, rollouts=(*own, *given), dropped=None if given or any(r.advantage for r in own) else "nothing_accepted")

@@ -18,7 +18,7 @@ from posttrain.loss import load
 from posttrain.mixture.buffer import Buffer
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Success, Unsolved, answer_of, as_rollout, changes
-from posttrain.mixture.route import FirstAccepted
+from posttrain.mixture.route import FirstAccepted, RightOnly
 from posttrain.records import Demo, Group, Pair, Prompt, Row, Score, Segment, Source, TokenBatch
 from posttrain.update import Learn
 from tests.mixture.conftest import demo, group, prompt
@@ -199,6 +199,17 @@ def test_the_first_accepted_text_is_imitated(shelf) -> None:
     assert [row.sample_id for row in to_rows(out)] == ["q1/1", "p1", "g2"]
     nothing = FirstAccepted(prefer=("gold",), success=Success(threshold=2.0))
     assert [i.id for i in call(nothing, [group("q1", 1.0)], demos) if isinstance(i, Demo)] == ["g1"]
+
+
+def test_right_answers_share_a_group(shelf) -> None:
+    """Own answers have the tokens 5 6, 5 7, 5 8; a given one that repeats an own one counts once."""
+    twin = Demo("twin", (Segment(prompt("q").ids, Source.prompt), Segment((5, 7), Source.demo)), prompt=prompt("q"))
+    demos, items = shelf(demo("q"), twin), [group("q", 1.0, 1.0, 0.0), group("none", 0.0)]
+    out = call(RightOnly(), items, demos)
+    assert [r.advantage for r in out[0].rollouts] == [1.0, None, None, 1.0, 1.0] and out[1].dropped == "nothing_accepted"
+    rows = to_rows(out)
+    assert [row.sample_id for row in rows] == ["q/0", "q/given", "twin/given"] and len({row.group for row in rows}) == 1
+    assert [r.advantage for r in call(RightOnly(repeats=True), items, demos)[0].rollouts] == [1.0, 1.0, None, 1.0, 1.0]
 
 
 def test_gates_in_turn_keep_their_states(shelf) -> None:

@@ -57,6 +57,42 @@ def confident(seed: int, advantage: Callable | None = None, spread: float = 0.25
     return Data([dict(s) for s in data.seqs], data.rows, model)
 
 
+@cache
+def varied(seed: int, advantage: Callable | None = None, spread: float = 0.25, *, how: str) -> Data:
+    """:func:`mixed` with what a method asks for beside it: ``prefixes`` at the beginning of some answers, two ``classes`` of demonstrations, several
+    ``targets`` per prompt, two ``turns``, or ``observed`` tool tokens."""
+    data, rng = mixed(seed, advantage, spread), random.Random(seed + 900)
+    seqs, rows = [dict(s) for s in data.seqs], []
+    for number, (s, row) in enumerate(zip(seqs, data.rows, strict=True)):
+        own = "policy" in s["sources"]
+        if how == "prefixes" and own and not s["untrainable"] and s["sources"].count("policy") > 1:
+            first = s["sources"].index("policy")
+            s["sources"] = [
+                ("prefix" if t == first or (t == first + 1 and s["sources"][t] == "policy" and number % 2) else x)
+                for t, x in enumerate(s["sources"])
+            ]
+            row = replace(row, sources=s["sources"])
+        if how == "classes" and not own:
+            s["weight"] = (1.0, 0.1, 0.4)[number % 3]
+            row = replace(row, weight=s["weight"])
+        if how == "targets" and not own:
+            s["question"] = f"t{number % 3}"
+            row = replace(row, group=s["question"])
+        if how == "turns" and own:
+            cut = (len(s["ids"]) + s["sources"].index("policy")) // 2
+            s["turns"] = [int(t >= cut) for t in range(len(s["ids"]))]
+            s["paid"] = {f"turn_{k}": float(rng.random() < 0.5) for k in (1, 2)}
+            row = replace(row, turn=s["turns"], rewards={**row.rewards, **s["paid"]})
+        if how == "observed":
+            s["trainable"] = [on or source == "tool" for on, source in zip(s["trainable"], s["sources"], strict=True)]
+            row = replace(row, trainable=s["trainable"])
+        rows.append(row)
+    return Data(seqs, rows, data.model)
+
+
+PREFIXES, CLASSES, TARGETS, TURNS, OBSERVED = (partial(varied, how=how) for how in ("prefixes", "classes", "targets", "turns", "observed"))
+
+
 # -- pieces --------------------------------------------------------------------------------------------------------------------------
 def tokens(seqs: list[Sequence], source: str) -> list[tuple[Sequence, int]]:
     return [(s, t) for s in of(seqs, source, paired=False) for t in learnt(s, source)]
@@ -97,6 +133,10 @@ def asft(seqs: list[Sequence], coef: float = 0.1, weighted: bool = True, forward
         weight = p(s, t).detach() if weighted else 1.0
         out.append(weight * s["l"][t] - coef * (kl(base, row) if forward else kl(row, base)))
     return mean(out)
+
+
+def dft_of(seqs: list[Sequence]) -> Tensor:
+    return mean([p(s, t).detach() * s["l"][t] for s, t in tokens(seqs, "demo")])
 
 
 def power(seqs: list[Sequence], a: float = 10.0) -> Tensor:
@@ -201,6 +241,205 @@ def one_kl(seqs: list[Sequence], reverse: bool) -> Tensor:
     return -mean([kl(row, teacher) if reverse else kl(teacher, row) for row in rows])
 
 
+# -- supervised, weighed ---------------------------------------------------------------------------------------------------------------
+def demos_of(seqs: list[Sequence]) -> list[tuple[Sequence, list[int]]]:
+    return [(s, learnt(s, "demo")) for s in of(seqs, "demo")]
+
+
+def clipped(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.minimum(x, torch.clamp(x, 1 - low, 1 + high))
+
+
+def psft(seqs: list[Sequence], low: float = 0.2, high: float = 0.28, capped: bool = False) -> Tensor:
+    """arXiv 2508.17784: ``min(r, clip(r, 1 - low, 1 + high))``; the lower side cannot act."""
+    each = [(s, t, r(s, t)) for s, t in tokens(seqs, "demo")]
+    return mean([torch.clamp(x, max=1 + high).detach() * s["l"][t] if capped else clipped(x, low, high) for s, t, x in each])
+
+
+def delta(s: Sequence, where: list[int], per_token: bool = True) -> Tensor:
+    value = total([s["l"][t] - s["base"][t] for t in where])
+    return value / len(where) if per_token else value
+
+
+def minor_sft(seqs: list[Sequence], beta: float = 0.1, per_token: bool = True) -> Tensor:
+    return mean([torch.log(torch.sigmoid(beta * delta(s, w, per_token))) for s, w in demos_of(seqs)])
+
+
+def sequence_sft(seqs: list[Sequence], per_token: bool = True) -> Tensor:
+    return mean([total([s["l"][t] for t in w]) / (len(w) if per_token else 1) for s, w in demos_of(seqs)])
+
+
+def f_divergence(seqs: list[Sequence], phi: Callable[[Tensor], Tensor], beta: float = 0.05) -> Tensor:
+    return mean([phi(beta * delta(s, w, per_token=False)) for s, w in demos_of(seqs)])
+
+
+def pearson(x: Tensor) -> Tensor:
+    return x - x**2 / 4
+
+
+def openchat(seqs: list[Sequence], by_sum: bool = True) -> Tensor:
+    """arXiv 2309.11235: ``sum_i c_i mean_t l / sum_i c_i``."""
+    found = demos_of(seqs)
+    over = sum(s["weight"] for s, _ in found) if by_sum else len(found)
+    return total([s["weight"] * total([s["l"][t] for t in w]) / len(w) for s, w in found]) / over
+
+
+def multi_target(seqs: list[Sequence], beta: float = 0.25) -> Tensor:
+    """arXiv 2205.14318: ``(1/beta) log sum_k exp(beta s_k)`` per prompt."""
+    every = [s for s in seqs if "question" in s]
+    questions = sorted({s["question"] for s in every})
+    scores = {
+        q: [total([s["l"][t] for kind in ("policy", "demo") for t in learnt(s, kind)]) for s in every if s["question"] == q]
+        for q in questions
+    }
+    if beta == 0:
+        return mean([mean(scores[q]) for q in questions])
+    return mean([torch.logsumexp(beta * torch.stack(scores[q]), 0) / beta for q in questions])
+
+
+def loss_softmax(seqs: list[Sequence], f: Callable[[Tensor], Tensor], temperature: float = 1.0, detached: bool = True) -> Tensor:
+    losses = torch.stack([-total([s["l"][t] for t in w]) / len(w) for s, w in demos_of(seqs)])
+    seen = losses.detach() if detached else losses
+    h = 2 * (seen - seen.min()) / (seen.max() - seen.min()) - 1
+    return -(torch.softmax(f(h) / temperature, 0) * losses).sum()
+
+
+def linupper(h: Tensor) -> Tensor:
+    return torch.clamp(h + 1, max=1.0)
+
+
+def suffix_loss(seqs: list[Sequence], gamma: float = 0.95, detached: bool = False) -> Tensor:
+    """arXiv 2405.11870: token losses weighed by their discounted sums to come, which carry a gradient in the release."""
+    out = []
+    for s, w in demos_of(seqs):
+        n = [-s["l"][t] for t in w]
+        ahead = [total([gamma ** (j - i) * n[j] for j in range(i, len(n))]) for i in range(len(n))]
+        ahead = [a.detach() for a in ahead] if detached else ahead
+        out.append(-total([a * x for a, x in zip(ahead, n, strict=True)]) / total(ahead))
+    return mean(out)
+
+
+# -- mixtures, continued -----------------------------------------------------------------------------------------------------------------
+def both(seqs: list[Sequence]) -> Tensor:
+    """Maximum likelihood of own and given answers alike."""
+    return mean([s["l"][t] for source in ("policy", "demo") for s, t in tokens(seqs, source)])
+
+
+def own_likelihood(seqs: list[Sequence]) -> Tensor:
+    return mean([s["l"][t] for s, t in tokens(seqs, "policy")])
+
+
+def observations(seqs: list[Sequence]) -> Tensor:
+    return mean([s["l"][t] for s, t in tokens(seqs, "tool")])
+
+
+def srft(seqs: list[Sequence], demo_sign: float = -1.0, own_sign: float = 1.0, detached: bool = True) -> Tensor:
+    """arXiv 2506.19767, equations 8-13 as quoted: four parts, the entropy of an answer without gradient."""
+
+    def weight(s: Sequence, where: list[int], coef: float, sign: float) -> Tensor:
+        h = mean([entropy(s["rows"][t]) for t in where])
+        return coef * torch.exp(sign * (h.detach() if detached else h))
+
+    found = demos_of(seqs)
+    imitate = total([weight(s, w, 0.5, demo_sign) * s["l"][t] for s, w in found for t in w]) / sum(len(w) for _, w in found)
+    members = total([p(s, t) * s["a"][t] for s, w in found for t in w]) / 8192
+    own = []
+    for s in of(seqs, "policy"):
+        if w := learnt(s, "policy"):
+            factor = weight(s, w, 0.1, own_sign) if s["reward"] >= 1 else -1.0
+            own += [factor * s["l"][t] for t in w]
+    return imitate + members + total(own) / 8192 + 0.001 * mean([entropy(s["rows"][t]) for s, t in tokens(seqs, "policy")])
+
+
+def dual_clipped(s: Sequence, t: int, a: float, c: float = 3.0) -> Tensor:
+    term = surrogate(s, t, a)
+    return torch.maximum(term, torch.tensor(c * a, dtype=torch.float64)) if a < 0 else term
+
+
+def prefix_rft(seqs: list[Sequence], share: float = 0.2, length: float = 256.0) -> Tensor:
+    """arXiv 2507.01679: of the prefix only the tokens with the highest entropy; one constant."""
+    prefix = tokens(seqs, "prefix")
+    certain = sorted((float(entropy(s["rows"][t])) for s, t in prefix), reverse=True)[: math.ceil(share * len(prefix))]
+    kept = [(s, t) for s, t in prefix if float(entropy(s["rows"][t])) >= certain[-1]]
+    own = tokens(seqs, "policy")
+    surrogates = [dual_clipped(s, t, advantage_center(seqs, s)) for s, t in own] + [
+        surrogate(s, t, advantage_center(seqs, s)) for s, t in kept
+    ]
+    every = mean([entropy(s["rows"][t]) for s, t in own + prefix])
+    return total(surrogates) / length + 0.001 * every
+
+
+def uft(seqs: list[Sequence], hint: float = 0.001, kl_everywhere: bool = False) -> Tensor:
+    """arXiv 2505.16984: the clipped surrogate, KL and entropy on what was sampled, the likelihood of the hint."""
+    own, hints = tokens(seqs, "policy"), tokens(seqs, "prefix")
+    out = clipped_mean(seqs) + hint * mean([s["l"][t] for s, t in hints])
+    out = out + 0.001 * mean([entropy(s["rows"][t]) for s, t in own])
+    return out - 0.001 * mean([k3(s, t) for s, t in own]) - (mean([k3(s, t) for s, t in hints]) if kl_everywhere else 0.0)
+
+
+def ahpo(seqs: list[Sequence], joint: bool = True) -> Tensor:
+    """arXiv 2510.08540: both sums over one normaliser."""
+    own, demos = tokens(seqs, "policy"), tokens(seqs, "demo")
+    surrogates, likelihood = total([surrogate(s, t, advantage_norm(seqs, s)) for s, t in own]), total([s["l"][t] for s, t in demos])
+    if joint:
+        return (surrogates + likelihood) / (len(own) + len(demos))
+    return surrogates / len(own) + likelihood / len(demos)
+
+
+def visurf(seqs: list[Sequence], label: bool = True) -> Tensor:
+    """arXiv 2510.10606: members of one group, each a mean over its tokens, the label by the same ratio."""
+    out = []
+    for s in seqs:
+        for source in ("policy", "demo") if label else ("policy",):
+            if source in s["sources"]:
+                w = learnt(s, source)
+                a = advantage_norm(seqs, s) if source == "policy" else None
+                out.append(total([surrogate(s, t, s["a"][t] if a is None else a) for t in w]) / max(len(w), 1))
+    return mean(out)
+
+
+def kdrl(seqs: list[Sequence], coef: float = 0.005, estimator: str = "k2") -> Tensor:
+    def penalty(s: Sequence, t: int) -> Tensor:
+        d = s["l"][t] - s["teacher"][t]
+        return d**2 / 2 if estimator == "k2" else torch.exp(-d) + d - 1
+
+    return clipped_mean(seqs) - coef * mean([penalty(s, t) for s, t in tokens(seqs, "policy")])
+
+
+def rltf(seqs: list[Sequence], share: float = 0.1) -> Tensor:
+    """arXiv 2602.02482: second answers under the first prompt by their advantage, without a ratio; critiques by likelihood."""
+    return mean([s["a"][t] * s["l"][t] for s, t in tokens(seqs, "demo")]) + share * observations(seqs)
+
+
+def turns(seqs: list[Sequence], alpha: float = 10.0, coefs: tuple[float, float] = (0.01, 0.01), first: bool = False) -> Tensor:
+    """arXiv 2409.12917: REINFORCE on shaped rewards per turn, less a KL per turn and length."""
+    group, out = of(seqs, "policy"), []
+    for s in group:
+        one, two = s["paid"]["turn_1"], s["paid"]["turn_2"]
+        for k, paid in enumerate((0.0, two) if first else (one, two + alpha * (two - one))):
+            mine = [t for t in learnt(s, "policy") if s["turns"][t] == k]
+            if mine:
+                kl_mean = sum(float(s["l"][t]) - s["base"][t] for t in mine) / len(mine)
+                out += [(paid - coefs[k] * kl_mean) * s["l"][t] for t in mine]
+    return total(out) / len(group)
+
+
+def self_rewarding(seqs: list[Sequence], c: float = 1.0) -> Tensor:
+    """arXiv 2510.21090 without a critic: reward-to-go of the log-ratio of two frozen models, clipped, less c times the KL to one of them."""
+    out = []
+    for s in of(seqs, "policy"):
+        w = learnt(s, "policy")
+        for i, t in enumerate(w):
+            out.append(surrogate(s, t, sum(s["teacher"][u] - s["base"][u] for u in w[i:])) - c * (s["l"][t] - s["base"][t]) ** 2 / 2)
+    return mean(out)
+
+
+def offline_kd(seqs: list[Sequence], forward: bool = True) -> Tensor:
+    rows = [s["rows"][t] for s, t in tokens(seqs, "demo")]
+    teacher = naive.teacher_row(len(rows[0]))
+    return -mean([kl(teacher, row) if forward else kl(row, teacher) for row in rows])
+
+
 # -- what is compared ----------------------------------------------------------------------------------------------------------------
 DEMOS, BAND = "streams.demos", "streams.demos.masks.band={_target_: posttrain.loss.mask.ProbabilityBand, "
 KEPT = f"{DEMOS}.aggregation.denominator=kept"
@@ -282,6 +521,97 @@ CASES: dict[str, Case] = {
         partial(reverse_kl_sampled, credit="sequence"),
         overrides=("streams.rollouts.advantage.credit=to_go",),
     ),
+    "psft": case("psft", psft, sft, partial(psft, high=0.1), partial(psft, capped=True), spread=0.4),
+    "minor_sft": case("minor_sft", minor_sft, sequence_sft, partial(minor_sft, per_token=False), partial(minor_sft, beta=0.2)),
+    "minor_sft, a large beta": case(
+        "minor_sft",
+        partial(minor_sft, beta=3.0),
+        lambda seqs: sequence_sft(seqs) * 1.5,
+        overrides=("streams.demos.advantage.beta=3.0",),
+        spread=1.0,
+    ),
+    "f_divergence_sft": case("f_divergence_sft", partial(f_divergence, phi=pearson), partial(f_divergence, phi=lambda x: x)),
+    "f_divergence_sft, total variation": case(
+        "f_divergence_sft",
+        lambda seqs: 0.05 * sequence_sft(seqs, per_token=False),
+        sequence_sft,
+        overrides=(f"{DEMOS}.advantage.shape=identity",),
+    ),
+    "f_divergence_sft, Hellinger": case(
+        "f_divergence_sft",
+        partial(f_divergence, phi=lambda x: x / (1 + x)),
+        partial(f_divergence, phi=pearson),
+        overrides=(f"{DEMOS}.advantage.shape=hellinger",),
+        spread=1.0,
+    ),
+    "openchat": case("openchat", openchat, sequence_sft, partial(openchat, by_sum=False), data=CLASSES),
+    "multi_target": case("multi_target", multi_target, partial(multi_target, beta=1.0), partial(multi_target, beta=0), data=TARGETS),
+    "multi_target, the marginal likelihood": case(
+        "multi_target", partial(multi_target, beta=1.0), multi_target, overrides=("streams.targets.advantage.beta=1.0",), data=TARGETS
+    ),
+    "s3ft": case("s3ft", both, own_likelihood, nll_mean),
+    "osft": case("osft", own_likelihood, both),
+    "otr": case("otr", lambda seqs: 1.1 * dft_of(seqs), dft_of),
+    "loss_reweighting": case(
+        "loss_reweighting",
+        partial(loss_softmax, f=linupper),
+        sequence_sft,
+        partial(loss_softmax, f=linupper, detached=False),
+        partial(loss_softmax, f=torch.abs),
+    ),
+    "loss_reweighting, the middle": case(
+        "loss_reweighting",
+        partial(loss_softmax, f=lambda h: 1 - h**2, temperature=0.4),
+        partial(loss_softmax, f=linupper, temperature=0.4),
+        overrides=(f"{DEMOS}.advantage.shape=quadratic", f"{DEMOS}.advantage.r=0.4"),
+    ),
+    "loss_reweighting, both ends": case(
+        "loss_reweighting",
+        partial(loss_softmax, f=torch.abs, temperature=0.4),
+        partial(loss_softmax, f=torch.abs),
+        overrides=(f"{DEMOS}.advantage.shape=extremes", f"{DEMOS}.advantage.r=0.4"),
+    ),
+    "ift": case("ift", suffix_loss, partial(suffix_loss, detached=True), partial(suffix_loss, gamma=0.5)),
+    "ift, detached": case("ift", partial(suffix_loss, detached=True), suffix_loss, overrides=(f"{DEMOS}.advantage.detach=true",)),
+    "feasible": case("feasible", sequence_sft, nll_mean),
+    "world_model": case("world_model", observations, both, data=OBSERVED),
+    "relift": case("relift", hpt, partial(hpt, share=0.3), partial(hpt, length=8), advantage=CENTER),
+    "srft": case("srft", srft, partial(srft, demo_sign=1.0), partial(srft, detached=False), advantage=NORM),
+    "srft, the wrong ones": case(
+        "srft",
+        lambda seqs: -total([s["l"][t] for s in of(seqs, "policy") if s["reward"] < 1 for t in learnt(s, "policy")]) / 8192,
+        lambda seqs: -total([s["l"][t] for s, t in tokens(seqs, "policy")]) / 8192,
+        overrides=("streams.rollouts.advantage.right.coef=0.0", "streams.demos=null", "streams.members=null", "regularizers.entropy=null"),
+        advantage=NORM,
+    ),
+    "prefix_rft": case(
+        "prefix_rft",
+        prefix_rft,
+        partial(prefix_rft, share=1.0),
+        partial(prefix_rft, share=0.5),
+        advantage=CENTER,
+        data=PREFIXES,
+        spread=0.4,
+    ),
+    "uft": case("uft", uft, partial(uft, hint=0.1), partial(uft, kl_everywhere=True), advantage=NORM, data=PREFIXES),
+    "ahpo": case("ahpo", ahpo, partial(ahpo, joint=False), advantage=NORM, spread=0.4),
+    "visurf": case("visurf", visurf, partial(visurf, label=False), advantage=NORM, spread=0.4),
+    "kdrl": case("kdrl", kdrl, partial(kdrl, estimator="k3", coef=0.5), clipped_mean, advantage=NORM, spread=0.6),
+    "kdrl, a strong teacher": case(
+        "kdrl", partial(kdrl, coef=1.0), partial(kdrl, coef=1.0, estimator="k3"), overrides=("regularizers.kl.coef=1.0",), advantage=NORM
+    ),
+    "rltf": case("rltf", rltf, partial(rltf, share=0.0), nll_mean, data=OBSERVED),
+    "score": case("score", turns, partial(turns, alpha=0.0), partial(turns, coefs=(0.1, 0.01)), data=TURNS),
+    "score, first stage": case(
+        "score",
+        partial(turns, first=True, coefs=(0.1, 0.01)),
+        turns,
+        partial(turns, first=True),
+        overrides=("streams.turns.advantage.weights=[[0, 0], [0, 1]]", "streams.turns.advantage.kl=[0.1, 0.01]"),
+        data=TURNS,
+    ),
+    "self_rewarding": case("self_rewarding", self_rewarding, partial(self_rewarding, c=0.0), spread=0.4),
+    "offline_kd": case("offline_kd", offline_kd, partial(offline_kd, forward=False)),
     "gkd": case("gkd", gkd, partial(gkd, beta=0.1), partial(gkd, student=1.0)),
     "gkd at another beta": case(
         "gkd",
@@ -296,7 +626,5 @@ CASES: dict[str, Case] = {
         gkd,
         overrides=(*ONE_KL, f"regularizers.distill={FULL}reverse}}"),
     ),
-    "gkd with a forward KL": case(
-        "gkd", partial(one_kl, reverse=False), gkd, overrides=(*ONE_KL, f"regularizers.distill={FULL}forward}}")
-    ),
+    "gkd with a forward KL": case("gkd", partial(one_kl, reverse=False), gkd, overrides=(*ONE_KL, f"regularizers.distill={FULL}forward}}")),
 }
