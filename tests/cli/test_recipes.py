@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from posttrain.cli import build_stages, compose_stages, stages_of
+from posttrain.cli import _set_search_path, build_stages, compose_stages, stages_of
 from posttrain.config import ConfigError
 from posttrain.help import groups, recipes
+from posttrain.paths import CONFIGS
 from posttrain.words import Words
 from tests.cli.conftest import TINY
 
@@ -17,6 +19,16 @@ MORE = {
     "dpo": ["data.train.path=x.jsonl"],
     "grpo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composer() -> Iterator[None]:
+    """One composer for all of them: reading the tree anew for each would take twice as long."""
+    from hydra import initialize_config_dir
+
+    _set_search_path(None, [])
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
 
 
 BESIDE = {"mixture": ["advantage=group_norm"]}
