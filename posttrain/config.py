@@ -55,11 +55,11 @@ class ModelConfig:
 class DataConfig:
     """What is learnt from and what is held out.
 
-    ``kind``: ``prompts`` (answers are sampled), ``demos`` or ``pairs``.  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
+    ``kind``: ``prompts`` (answers are sampled), ``demos``, ``pairs`` or ``lists`` (scored answers to one prompt).  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
     (``path``, ``split``, ``columns``, ``limit``, ...) or an object with ``rows()``; ``demos`` feeds mixtures.
     """
 
-    kind: Literal["prompts", "demos", "pairs"] = "prompts"
+    kind: Literal["prompts", "demos", "pairs", "lists"] = "prompts"
     train: Any = None
     eval: Any = None
     demos: Any = None
@@ -384,7 +384,7 @@ def check(config: RunConfig) -> None:
             f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",
         )
     else:
-        require(data.kind != "prompts", "rollout=replay learns from given answers: set data.kind to demos or pairs")
+        require(data.kind != "prompts", "rollout=replay learns from given answers: set data.kind to demos, pairs or lists")
         require("policy" not in sources or sources != {"policy"}, f"loss {config.loss.name!r} learns from sampled tokens only; set rollout=vllm")
         require(
             "behaviour" not in needs.references,

@@ -212,7 +212,7 @@ def masks(config: RunConfig, tokenizer: Any, records: list[Any]) -> Iterator[Lin
     from posttrain.data.load import as_spec
     from posttrain.data.render import Renderer
     from posttrain.data.template import MARK, has_template, render_text
-    from posttrain.records import Demo, Pair, Prompt
+    from posttrain.records import Demo, Group, Pair, Prompt, Rollout
 
     if has_template(tokenizer):
         marked = bool(MARK.search(tokenizer.get_chat_template(None, None)))
@@ -238,7 +238,9 @@ def masks(config: RunConfig, tokenizer: Any, records: list[Any]) -> Iterator[Lin
         return
     spec = as_spec(config.data.train, "data.train")
     stops = Renderer(tokenizer, chat=spec.chat, variables=spec.variables, add_eos=spec.add_eos).stop_ids
-    demos: list[Demo] = [d for r in records for d in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r,))]
+    demos: list[Demo | Rollout] = []
+    for r in records:
+        demos += (r.chosen, r.rejected) if isinstance(r, Pair) else r.rollouts if isinstance(r, Group) else (r,)
     learnt = [[t for s in d.segments for t, flag in zip(s.ids, _flags(s), strict=True) if flag] for d in demos]
     ending = sum(ids[-1] in stops for ids in learnt)
     text = tokenizer.decode(learnt[0][-24:], skip_special_tokens=False)

@@ -48,6 +48,12 @@ def test_sampled_pairs_and_a_base_that_moves_pass() -> None:
     check(settings(loss="online_dpo", mixture__gate=InTurn({"pairs": BestWorst()}), learner__base_every=5, learner__base_mix=0.6))
 
 
+def test_imitation_may_be_sampled_at_another_temperature() -> None:
+    check(settings(loss="osft", rollout__temperature=0.6))
+    with pytest.raises(ConfigError, match=r"sampled at 0\.6"):
+        check(settings(loss="on_policy_distillation", rollout__temperature=0.6, model__teacher="somewhere"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -79,7 +85,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"learner__offload_optimizer": True}, "offload_optimizer needs"),
         ({"rollout__temperature": 0.0}, "needs a temperature above 0"),
         ({"rollout__temperature": 0.7}, "sampled at 0.7"),
-        ({"rollout__kind": "replay"}, "set data.kind to demos or pairs"),
+        ({"rollout__kind": "replay"}, "set data.kind to demos, pairs or lists"),
         ({"rollout__kind": "replay", "data__kind": "demos"}, "learns from sampled tokens only"),
         ({"data__kind": "pairs"}, "data.kind must be prompts"),
         ({"advantage": None}, "rollouts need an advantage"),

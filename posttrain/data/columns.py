@@ -6,6 +6,7 @@ Understood as they are, and by ``columns`` under any other name (``columns={prom
 prompts    ``prompt`` [``answer``], or ``messages`` (a last assistant turn is left out)
 demos      ``messages``, or ``prompt`` + ``completion``, or ``text``
 pairs      ``chosen`` + ``rejected``, with ``prompt`` or with the prompt as their common beginning
+lists      ``prompt`` + ``completions`` + ``scores``, the last two lists of one length
 all        ``id``, ``tools``, ``system``, ``weight``, ``level``, ``env``, and ``finish`` (``length`` marks a cut-off answer)
 rewards    demos: ``label`` (0 bad to 1 good), ``score``; pairs: ``label`` (how sure that the chosen is better), ``margin``,
            ``deviation`` (of the chosen from other answers), ``chosen_score``, ``rejected_score``; numbers or booleans, and still in ``meta``
@@ -33,6 +34,8 @@ NAMES = (
     "messages",
     "chosen",
     "rejected",
+    "completions",
+    "scores",
     "answer",
     "text",
     "id",
@@ -50,6 +53,8 @@ COMMON = {
     "prompt": ("question", "instruction", "problem", "query", "input"),
     "completion": ("response", "output", "solution", "answer", "target"),
     "messages": ("conversations", "conversation", "dialogue"),
+    "completions": ("responses", "answers", "candidates"),
+    "scores": ("rewards", "ratings"),
     "chosen": ("chosen_response", "preferred", "winner"),
     "rejected": ("rejected_response", "dispreferred", "loser"),
     "answer": ("gold", "label", "target", "ground_truth", "solution"),

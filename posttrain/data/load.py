@@ -12,13 +12,14 @@ from posttrain.data.columns import Columns
 from posttrain.data.demos import to_demos
 from posttrain.data.files import SKIP, DataError, Record, Rows, read_rows
 from posttrain.data.gsm8k import ADAPTERS
+from posttrain.data.lists import to_lists
 from posttrain.data.pairs import to_pairs
 from posttrain.data.prompts import to_prompts
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.report import Report
-from posttrain.records import Demo, Pair, Prompt
+from posttrain.records import Demo, Group, Pair, Prompt
 
-Kind = Literal["prompts", "demos", "pairs"]
+Kind = Literal["prompts", "demos", "pairs", "lists"]
 
 
 class NothingUsable(DataError):
@@ -66,7 +67,7 @@ def load_data(
     system: str | None = None,
     prompt_template: str | None = None,
     name: str = "data",
-) -> tuple[list[Prompt] | list[Demo] | list[Pair], Report]:
+) -> tuple[list[Prompt] | list[Demo] | list[Pair] | list[Group], Report]:
     """Read, rename, render and check a data set.
 
     ``max_prompt_tokens`` bounds prompts, ``max_length`` demonstrations and each side of a pair.  ``truncation`` says what happens beyond:
@@ -91,8 +92,10 @@ def load_data(
             records, report = to_demos(rows, renderer, max_length=max_length, truncation=truncation, loss_on=loss_on)
         elif kind == "pairs":
             records, report = to_pairs(rows, renderer, max_length=max_length, truncation=truncation)
+        elif kind == "lists":
+            records, report = to_lists(rows, renderer, max_length=max_length, truncation=truncation)
         else:
-            raise DataError(f"unknown kind {kind!r}; choose prompts, demos or pairs")
+            raise DataError(f"unknown kind {kind!r}; choose prompts, demos, pairs or lists")
     except ValueError as error:
         raise DataError(f"{name}: {error}") from error
     for reason, count in skipped.items():
