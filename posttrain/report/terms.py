@@ -9,13 +9,14 @@ import dataclasses
 import inspect
 import pkgutil
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from posttrain import contrib
-from posttrain.advantage import group, pick, step
+from posttrain.advantage import group, pick, shape, step
 from posttrain.loss import Objective, advantage, aggregate, likelihood, load, mask, reference, regularizer
 from posttrain.paths import CONFIGS
 
@@ -29,6 +30,7 @@ CHAPTERS: tuple[tuple[str, ModuleType], ...] = (
     ("Advantages from rewards", group),
     ("Advantages over the whole step", step),
     ("Advantages of singled-out samples", pick),
+    ("Rewards shaped by the group", shape),
 )
 CHAPTERS += tuple(
     (f"Contributed: {found.name.replace('_', ' ')}", import_module(f"posttrain.contrib.{found.name}"))
@@ -101,6 +103,10 @@ def _word(term: Any) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {_plain(v)}' for k, v in value.items())}}}"
+    if dataclasses.is_dataclass(value):
+        return _word(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -18,6 +18,7 @@ from posttrain.advantage import (
     Constant,
     DropOutliers,
     Extremes,
+    FreeBaseline,
     GreedyBaseline,
     GroupAdvantage,
     LiveGroups,
@@ -27,6 +28,7 @@ from posttrain.advantage import (
     Reward,
     RunningBaseline,
 )
+from posttrain.advantage.shape import Diverse, ScaleBy, TailRisk, TrustMix
 
 FOLDER = Path(posttrain.__file__).parents[1] / "configs" / "advantage"
 EXPECTED = {
@@ -46,10 +48,15 @@ EXPECTED = {
     "best_minus_second": BestMinusSecond(),
     "greedy": GreedyBaseline(),
     "running_baseline": RunningBaseline(),
+    "diverse": Chain({"shape": Diverse(), "center": GroupAdvantage(scale="none")}),
+    "trust_mix": Chain({"shape": TrustMix(), "norm": GroupAdvantage()}),
+    "scaled": Chain({"center": GroupAdvantage(scale="none"), "scale": ScaleBy()}),
+    "tail_risk": TailRisk(),
     "prompt_baseline": PromptBaseline("v_star"),
     "whiten_without_outliers": Chain({"whiten": BatchWhiten("sequences"), "outliers": DropOutliers()}),
     "best_of_k": Chain({"one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}),
     "constant": Constant(),
+    "prefix_aware": FreeBaseline(),
     "positive": Chain({"reward": Reward(), "positive": PositivePart()}),
     "extremes": Chain({"center": GroupAdvantage(scale="none"), "extremes": Extremes()}),
 }

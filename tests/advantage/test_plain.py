@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from posttrain.advantage import Chain, Constant, GroupAdvantage, PositivePart, Reward
+from posttrain.advantage import Chain, Constant, FreeBaseline, GroupAdvantage, PositivePart, Reward
 from tests.mixture.conftest import group
 
 
@@ -28,6 +28,22 @@ def test_the_positive_part_of_rewards_and_of_advantages() -> None:
     assert advantages(centred, 1.0, 0.0) == [0.5, None]
     with pytest.raises(ValueError, match="must be None"):
         advantages(Chain({"reward": Constant(1.0), "bad": lambda gs: [_with_nan(g) for g in gs], "positive": PositivePart()}), 1.0)
+
+
+def test_helped_answers_are_compared_with_free_ones() -> None:
+    from dataclasses import replace
+
+    from posttrain.records import Segment, Source
+
+    free = group("q", 1.0, 0.0, 0.0, None, 1.0)
+    helped = replace(free.rollouts[4], segments=(Segment((4,), Source.prefix), *free.rollouts[4].segments))
+    mixed = replace(free, rollouts=(*free.rollouts[:4], helped))
+    assert [r.advantage for r in FreeBaseline()([mixed])[0].rollouts] == pytest.approx([2 / 3, -1 / 3, -1 / 3, None, 2 / 3])
+    assert advantages(FreeBaseline(), 1.0, 0.0) == advantages(GroupAdvantage(scale="none"), 1.0, 0.0) == [0.5, -0.5]
+    assert [r.advantage for r in FreeBaseline()([replace(mixed, rollouts=(helped, helped))])[0].rollouts] == [0.0, 0.0]
+    assert advantages(FreeBaseline(), 1.0) == [0.0]
+    with pytest.raises(ValueError, match="must be None"):
+        advantages(FreeBaseline(), math.nan, 1.0)
 
 
 def _with_nan(g: object) -> object:

@@ -22,6 +22,7 @@ from posttrain.advantage import (
     PerReward,
 )
 from posttrain.advantage.group import Estimator
+from posttrain.advantage.shape import Diverse, TailRisk, TrustMix
 from posttrain.records import Group, Sampling
 from tests.loss import naive
 from tests.loss.cases import CENTER, MASKS, NORM, REWARD, Case
@@ -388,6 +389,54 @@ def chain(**steps: Estimator) -> Estimator:
     return Chain(steps).__call__
 
 
+def shaped_by_group(seqs: Seqs, s: Sequence, floor: float = 0.1) -> float:
+    """Right answers share what they say with others of their ``form``; the form is the class here."""
+    peers = [o for o in of(seqs, "policy") if o["question"] == s["question"]]
+
+    def worth(o: Sequence) -> float:
+        right = [x for x in peers if x["reward"] > 0]
+        if o["reward"] <= 0 or len(right) == 1:
+            return floor * o["reward"]
+        same = sum(x["scores"]["form"] == o["scores"]["form"] for x in right)
+        return max((len(right) - same) / (len(right) - 1), floor) * o["reward"]
+
+    return worth(s) - sum(map(worth, peers)) / len(peers)
+
+
+def trusted(seqs: Seqs, s: Sequence, alpha: float = 0.3) -> float:
+    """The second reward is the form; an outcome above 0.1 is right."""
+    peers = [o for o in of(seqs, "policy") if o["question"] == s["question"]]
+    right, wrong = ([o["scores"]["form"] for o in peers if (o["reward"] > 0.1) == kind] for kind in (True, False))
+    trust = min(math.exp(sum(right) / len(right) - sum(wrong) / len(wrong)), 1.0) if right and wrong else 0.0
+    mixed = [o["reward"] + alpha * trust * o["scores"]["form"] * (o["reward"] > 0.1) for o in peers]
+    mean, std = moments(mixed)
+    return (mixed[peers.index(s)] - mean) / (std + 1e-6) if std else 0.0
+
+
+def trust_grpo(seqs: Seqs, alpha: float = 0.3) -> Tensor:
+    group, out = of(seqs, "policy"), []
+    for s in group:
+        for t in learnt(s, "policy"):
+            d = s["l"][t] - s["base"][t]
+            out.append((surrogate(s, t, trusted(seqs, s, alpha)) - 0.04 * (torch.exp(-d) + d - 1)) / len(learnt(s, "policy")))
+    return total(out) / len(group)
+
+
+def fresh_trust(groups: list[Group]) -> list[Group]:
+    return Chain({"shape": TrustMix("form", above=0.1), "norm": NORM})(groups)
+
+
+def tail_risk(seqs: Seqs, s: Sequence, w: float = 1.5) -> float:
+    """Bundles of one question, against quantiles of 0.25 and 0.8."""
+    x = s["reward"]
+    tail, middle = -max(0.25 - x, 0.0) / 0.2, (max(x - 0.25, 0.0) - max(x - 0.8, 0.0) + 0.25 - 0.8) / 0.6
+    return (w * tail + middle) / (w + 1)
+
+
+def fresh_tail(groups: list[Group]) -> list[Group]:
+    return TailRisk(bundle=1, quantiles=[0.25, 0.8])(groups)
+
+
 GAE = "streams.rollouts.advantage={_target_: posttrain.loss.advantage.GeneralizedAdvantage"
 WHITE_GAE = (
     "streams.rollouts.advantage={_target_: posttrain.loss.advantage.Whiten, inner: {_target_: posttrain.loss.advantage.GeneralizedAdvantage"
@@ -523,6 +572,25 @@ CASES: dict[str, Case] = {
         None,
         (f"{GAE}, gamma: 0.9, rewards: each, lam_by_length: 0.5}}",),
         (lambda s: gae(s, 0.9, each=True), lambda s: gae(s, 0.9, by_length=0.5)),
+    ),
+    "darling": Case(
+        "darling",
+        lambda s: clipped(s, shaped_by_group),
+        chain(shape=Diverse("form", 0.1), center=CENTER),
+        wrong=(lambda s: clipped(s, advantage_center), lambda s: clipped(s, lambda q, x: shaped_by_group(q, x, 1.0))),
+    ),
+    "trust_grpo": Case("trust_grpo", trust_grpo, fresh_trust, wrong=(lambda s: trust_grpo(s, 0.0), naive.grpo_with_k3)),
+    "riskpo": Case(
+        "riskpo",
+        lambda s: clipped(s, tail_risk, "sequence"),
+        fresh_tail,
+        wrong=(naive.grpo, lambda s: clipped(s, lambda q, x: tail_risk(q, x, 0.0), "sequence")),
+    ),
+    "coach": Case(
+        "coach",
+        lambda s: likelihood(s, lambda _, x: x["reward"], "token"),
+        REWARD,
+        wrong=(naive.reinforce, lambda s: likelihood(s, advantage_center, "token")),
     ),
     "dapo with entropy": Case("dapo", dapo_with_entropy, NORM, (ENTROPY,), (naive.dapo, lambda s: dapo_with_entropy(s, -1.0))),
     "reinforce with the squared log-ratio of answers": Case(

@@ -1,0 +1,120 @@
+"""Rewards shaped by the group or the run: the published numbers, what stands for the rest, and what is remembered."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from posttrain.advantage import Chain, GroupAdvantage
+from posttrain.advantage.shape import Diverse, ScaleBy, TailRisk, TrustMix
+from posttrain.records import Group, Score
+from tests.advantage.test_group import group, values
+
+
+def scored(name: str, rewards: list[float | None], scores: list[float | None]) -> Group:
+    made = group(*rewards)
+    told = [
+        replace(r, scores={name: Score(s) if s is not None else Score(None, "error")}) for r, s in zip(made.rollouts, scores, strict=True)
+    ]
+    return replace(made, rollouts=tuple(told))
+
+
+def rewards(estimator, *groups: Group) -> list[float | None]:
+    return [r.reward for g in estimator(groups) for r in g.rollouts]
+
+
+def test_right_answers_of_classes_of_three_and_one() -> None:
+    found = rewards(Diverse(), scored("class", [1.0, 1.0, 1.0, 1.0, 0.0], [7, 7, 7, 2, 7]))
+    assert found == pytest.approx([1 / 3] * 3 + [1.0, 0.0])
+    assert rewards(Diverse(), scored("class", [1.0] * 4, [3] * 4)) == pytest.approx([0.1] * 4)
+    assert rewards(Diverse(), scored("class", [1.0, 0.0], [3, 3])) == pytest.approx([0.1, 0.0])
+    assert rewards(Diverse(floor=0.0), scored("class", [0.5, 0.5, -1.0], [1, 2, 3])) == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_the_order_of_the_answers_does_not_matter_and_a_failed_class_leaves() -> None:
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        classes = [5, 5, 6, 6]
+        found = rewards(Diverse(), scored("class", [1.0] * 4, [classes[i] for i in order]))
+        assert found == pytest.approx([2 / 3] * 4)
+    assert rewards(Diverse(), scored("class", [1.0, 1.0, 1.0, None], [1, 2, None, 4])) == [1.0, 1.0, None, None]
+    chain = Chain({"shape": Diverse(), "center": GroupAdvantage(scale="none")})
+    assert values(chain, scored("class", [1.0, 1.0, 0.0], [1, 2, None])) == [0.0, 0.0, None]
+    with pytest.raises(ValueError, match="reads the score 'class' of sample 'q/0', which has none"):
+        Diverse()([group(1.0)])
+
+
+def test_trust_falls_where_the_second_reward_prefers_wrong_answers() -> None:
+    told = scored("think", [1.0, 1.0, 0.0, 0.0], [0.3, 0.5, 0.5, 0.7])
+    assert rewards(TrustMix(), told) == pytest.approx([1 + 0.3 * math.exp(-0.2) * s for s in (0.3, 0.5)] + [0.0, 0.0])
+    agreeing = scored("think", [1.0, 0.0], [0.6, 0.4])
+    assert rewards(TrustMix(), agreeing) == pytest.approx([1.18, 0.0])
+    for equal in ([1.0, 1.0], [0.0, 0.0]):
+        assert rewards(TrustMix(), scored("think", equal, [0.9, 0.1])) == equal
+    assert rewards(TrustMix(), scored("think", [1.0, 0.0, 1.0], [0.5, 0.1, None])) == pytest.approx([1.15, 0.0, None])
+
+
+def test_trust_is_annealed_and_remembered() -> None:
+    told, term = scored("think", [1.0, 0.0], [1.0, 0.0]), TrustMix(horizon=10.0)
+    for step in range(3):
+        assert rewards(term, told)[0] == pytest.approx(1 + 0.3 * math.exp(-step / 10))
+    resumed = TrustMix(horizon=10.0)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(term.state_dict())))
+    assert rewards(resumed, told)[0] == pytest.approx(1 + 0.3 * math.exp(-0.3))
+    late = TrustMix(horizon=10.0, steps=46)
+    assert rewards(late, told)[0] == pytest.approx(1.003, abs=1e-4)
+
+
+def test_where_a_factor_stands_is_the_method() -> None:
+    easy, hard = (
+        replace(g, prompt=replace(g.prompt, meta={"difficulty": d})) for g, d in ((group(1.0, 0.0), 0.5), (group(1.0, 0.0, name="r"), 2.0))
+    )
+    center, exact = GroupAdvantage(scale="none"), GroupAdvantage(eps=0.0)
+    assert values(Chain({"c": center, "s": ScaleBy()}), easy, hard) == [0.25, -0.25, 1.0, -1.0]
+    assert values(Chain({"s": ScaleBy(), "n": exact}), easy, hard) == [1.0, -1.0, 1.0, -1.0], "a normalisation takes it away"
+    assert values(Chain({"n": exact, "s": ScaleBy()}), easy, hard) == [0.5, -0.5, 2.0, -2.0]
+    with pytest.raises(ValueError, match="'level', not None"):
+        ScaleBy("level")([easy])
+
+
+@pytest.mark.parametrize(("s", "expected"), [(0.0, -5.0), (1.0, -2.0), (2.5, -1.0), (4.0, 0.0), (9.0, 0.0)])
+def test_tail_risk_of_a_score(s: float, expected: float) -> None:
+    assert TailRisk().value(s) == pytest.approx(expected)
+
+
+def test_tail_risk_of_a_bundle() -> None:
+    made = [group(*r, name=str(i)) for i, r in enumerate([(1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (1.0, 0.0)])]
+    term = TailRisk()
+    found = values(term, *made)
+    over = 1.5  # scores 4 and 1
+    assert found[:2] == pytest.approx([0.0, -2.0 * 0.5 / over]) and found[4:6] == pytest.approx([0.0, -2.0 / over]), (
+        "a question without spread counts 1"
+    )
+    assert found[10:] == [None, None], "the rest fills no bundle"
+    assert term.quantiles == pytest.approx([1.0 + 0.1 * (0.2 + 0.2 - 1), 4.0 + 0.1 * (0.8 + 0.8 - 1)])
+    resumed = TailRisk()
+    resumed.load_state_dict(pickle.loads(pickle.dumps(term.state_dict())))
+    assert resumed.quantiles == term.quantiles
+
+
+def test_the_tracked_quantiles_settle_where_they_belong() -> None:
+    term = TailRisk(bundle=1, rate=0.01)
+    for step in range(4000):
+        term([group(step * 7 % 100 / 100)])
+    assert term.quantiles == pytest.approx([0.2, 0.8], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Diverse(floor=2.0), "between 0 and 1"),
+        (lambda: TrustMix(horizon=0.0), "must be above 0"),
+        (lambda: TailRisk(a=0.9), "do not fit together"),
+        (lambda: TailRisk(bundle=0), "do not fit together"),
+    ],
+)
+def test_impossible_settings_are_refused(make, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make()
