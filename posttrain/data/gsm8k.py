@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.data.files import SKIP, DataError, Record
+from posttrain.data.judge import PairJudgements, StepJudgements
 
 _GOLD = re.compile(r"(?:^|\n)\s*(?:####|A:)\s*(-?[$]?-?[\d,]*\.?\d+)\s*%?\s*$")
 _MARKS = re.compile(r"<<[^<>\n]*>>")
@@ -93,4 +94,4 @@ def _need(row: Record, number: int, names: tuple[str, ...]) -> None:
         raise DataError(f"row {number} is not a GSM8K row: no column {missing[0]!r}; it has: {', '.join(row)}")
 
 
-ADAPTERS = {"gsm8k": Gsm8k, "gsm8k_pairs": Gsm8kPairs}
+ADAPTERS = {"gsm8k": Gsm8k, "gsm8k_pairs": Gsm8kPairs, "pair_judgements": PairJudgements, "step_judgements": StepJudgements}

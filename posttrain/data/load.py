@@ -35,7 +35,7 @@ class SourceSpec:
     """Where rows are and how to read them.
 
     ``path``: file, folder or Hugging Face id; or ``source``: an object with ``rows()``.  ``columns``: our name -> the data set's.
-    ``adapter``: ``gsm8k``, ``gsm8k_pairs`` or a callable from rows to rows, for data sets with a form of their own.  ``limit``: at most
+    ``adapter``: a name of ``ADAPTERS`` or a callable from rows to rows, for data sets with a form of their own.  ``limit``: at most
     so many rows.  ``chat``, ``variables``, ``add_eos`` and ``allowed_special`` are the renderer's; ``system`` and ``prompt_template``
     override those of the run.
     """
