@@ -10,7 +10,8 @@ COMMANDS = {
     "train": "run a recipe: the stages in order, each from the last one's weights",
     "eval": "held-out accuracy of a model, with an interval",
     "export": "a checkpoint of a run as a Hugging Face folder",
-    "explain": "the objective as an equation with every number, and which settings cannot act",
+    "explain": "the objective as an equation with every number, its sources, the weight it gives a token, and which settings cannot act",
+    "methods": "every loss, advantage and mixture there is, with its terms",
     "doctor": "check machine, settings, memory, data and chat template before a run; starts nothing",
     "preview": "a row of the data in colour: what is learnt from, token by token",
 }
@@ -73,6 +74,19 @@ posttrain explain loss=NAME | recipe=NAME [words]
   posttrain explain loss=dapo
   posttrain explain loss=grpo loss.streams.rollouts.masks.clip.high=0.28
   posttrain explain recipe=quickstart stages.grpo.learner.updates_per_batch=2
+  posttrain explain loss=luffy png=weights.png
+
+Beside the equation: its paper, what releases do differently, and the weight of a token drawn over its probability and its advantage; png=FILE draws
+the same as an image, of a recipe too.
+""",
+    "methods": """\
+posttrain methods [WORD ...]
+
+  posttrain methods
+  posttrain methods kl base           what has both words in its name, its notes or its terms
+  posttrain methods 2503.14476        what comes from a paper
+
+posttrain explain loss=NAME says more about one; docs/methods.md is the same list as a page.
 """,
     "doctor": """\
 posttrain doctor [recipe=NAME] [words]

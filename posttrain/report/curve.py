@@ -175,6 +175,5 @@ def _words(term: Any) -> set[str]:
         return {term}
     if dataclasses.is_dataclass(term):
         return set(itertools.chain.from_iterable(_words(getattr(term, f.name)) for f in dataclasses.fields(term)))
-    if isinstance(term, Mapping):
-        return set(itertools.chain.from_iterable(map(_words, term.values())))
-    return set()
+    inner = term.values() if isinstance(term, Mapping) else term if isinstance(term, (tuple, list)) else ()
+    return set(itertools.chain.from_iterable(map(_words, inner)))

@@ -215,7 +215,9 @@ def idle_settings(config: RunConfig) -> list[str]:
     if evaluated and evaluation.n > 1 and evaluation.temperature == 0:
         lines.append(f"eval.n={evaluation.n}: at eval.temperature=0 every answer to a prompt is the same; set eval.n=1 or a temperature")
     if evaluation.every > config.steps and not (evaluation.at_start or evaluation.at_end):
-        lines.append(f"eval.every={evaluation.every}: the run has {config.steps} steps, so nothing is evaluated; lower it or set eval.at_end=true")
+        lines.append(
+            f"eval.every={evaluation.every}: the run has {config.steps} steps, so nothing is evaluated; lower it or set eval.at_end=true"
+        )
     if sampled and config.data.loss_on != "assistant" and config.data.demos is None:
         lines.append(f"data.loss_on={config.data.loss_on}: sampled answers are learnt from whole; it concerns given answers only")
     needs = config.loss.needs

@@ -18,7 +18,9 @@ from posttrain.paths import CONFIGS
 ABBREVIATIONS = ("e.g.", "i.e.", "Dr.", "vs.", "cf.")
 SETTING = re.compile(r"\b(advantage|mixture|rollout|reward|model|data|learner|loss|regularizers|streams|aggregation)(\.\w+)*=\S")
 BEGINS_WITH_SETTING = re.compile(r"\w+(\.\w+)*=\S")
-DIFFERS = re.compile(r"(?i)\b(releases?|released|frameworks?|trainers?|authors'|readme|code|implementations?|TRL|prime-rl|our reading|unverified)\b|^others ")
+DIFFERS = re.compile(
+    r"(?i)\b(releases?|released|frameworks?|trainers?|authors'|readme|code|implementations?|TRL|prime-rl|our reading|unverified)\b|^others "
+)
 PAPER = re.compile(r"\b(\d{4}\.\d{5})\b")
 
 
