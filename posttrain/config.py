@@ -310,6 +310,10 @@ def _name(kind: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+FILLED = frozenset({"old", "behaviour", "base", "teacher", "entropy"})
+"""The per-token columns that a run fills, by itself or from its models."""
+
+
 def check(config: RunConfig) -> None:
     """Refuse what cannot work together.  Every message names the keys and the way out."""
     rollout, learner, data = config.rollout, config.learner, config.data
@@ -357,6 +361,12 @@ def check(config: RunConfig) -> None:
     require(
         not with_teacher or config.model.teacher is not None,
         f"loss {config.loss.name!r} compares with a teacher: give model.teacher=FOLDER_OR_ID (a model with the same tokenizer)",
+    )
+    unfilled = sorted(needs.references - FILLED)
+    require(
+        not unfilled,
+        f"loss {config.loss.name!r} reads the column {', '.join(map(repr, unfilled))}, which no part of a run fills (those that are: {', '.join(sorted(FILLED))}); "
+        "batches made by hand may bring it",
     )
     if rollout.kind == "vllm":
         require(data.kind == "prompts", f"rollout.kind=vllm samples answers, so data.kind must be prompts, not {data.kind}; or set rollout=replay")

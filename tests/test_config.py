@@ -12,6 +12,7 @@ from posttrain.mixture.gate import InTurn
 from posttrain.mixture.pairs import BestWorst
 from posttrain.words import Words, open_map
 
+VALUES = ["streams.rollouts.advantage={_target_: posttrain.loss.advantage.GeneralizedAdvantage}"]
 DISTILL = ["regularizers.kl={_target_: posttrain.loss.regularizer.KL, to: teacher, coef: 0.1}"]
 
 
@@ -101,6 +102,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"loss": "dpo", "rollout__kind": "replay", "data__kind": "demos"}, "set data.kind=pairs"),
         ({"eval__at_end": True}, "data.eval is not set"),
         ({"rollout__max_model_len": 100}, "cannot hold"),
+        ({"loss": ("ppo", VALUES)}, "reads the column 'value', which no part of a run fills"),
         ({"loss": ("grpo", DISTILL)}, "give model.teacher=FOLDER_OR_ID"),
     ],
 )
