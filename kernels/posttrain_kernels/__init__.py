@@ -1,5 +1,6 @@
 """Kernels of posttrain, each beside its plain PyTorch twin."""
 
+from posttrain_kernels.linear_argmax import linear_argmax, linear_argmax_reference
 from posttrain_kernels.linear_divergence import linear_jsd, linear_jsd_reference
 from posttrain_kernels.linear_logprob import (
     linear_kl,
@@ -9,6 +10,8 @@ from posttrain_kernels.linear_logprob import (
 )
 
 __all__ = [
+    "linear_argmax",
+    "linear_argmax_reference",
     "linear_jsd",
     "linear_jsd_reference",
     "linear_kl",

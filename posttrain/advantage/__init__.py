@@ -2,7 +2,7 @@
 
 from posttrain.advantage.group import BatchWhiten, Chain, GroupAdvantage, Reward, statistics
 from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline, PromptBaseline, RunningBaseline, soft_maximum
-from posttrain.advantage.plain import Constant, PositivePart
+from posttrain.advantage.plain import Constant, FreeBaseline, PositivePart
 from posttrain.advantage.step import BatchScale, BetaNorm, DropOutliers, LiveGroups, PerReward
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Constant",
     "DropOutliers",
     "Extremes",
+    "FreeBaseline",
     "GreedyBaseline",
     "GroupAdvantage",
     "LiveGroups",

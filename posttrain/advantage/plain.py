@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from posttrain.records import Group, Rollout
+from posttrain.records import Group, Rollout, Source
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,35 @@ class Constant:
 
     def _one(self, rollout: Rollout) -> Rollout:
         return replace(rollout, advantage=self.value if self.unscored or rollout.reward is not None else None)
+
+
+@dataclass(frozen=True)
+class FreeBaseline:
+    """Rewards compared with those of the answers nobody helped.
+
+    Equation: ``A_i = R_i - mean of R over the answers of the group without given tokens``.
+    Source: the prefix advantage of Prefix-RFT, arXiv 2507.01679 (for the continuation its code has other variants; here both parts of an answer share one
+    number, our reading).
+
+    A group without a free answer, or with one answer, gives 0.
+
+    Wrong when: the free answers are always wrong: the baseline is then 0 and every helped answer that is right is pushed up in full.
+    """
+
+    needs_group = True
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [self._one(group) for group in groups]
+
+    def _one(self, group: Group) -> Group:
+        rewards = [(r.reward, not any(s.source in (Source.prefix, Source.demo) for s in r.segments)) for r in group.rollouts]
+        if bad := [r.sample_id for r in group.rollouts if r.reward is not None and not math.isfinite(r.reward)]:
+            raise ValueError(f"the reward of sample {bad[0]!r} is not finite; a reward that cannot be computed must be None")
+        free = [reward for reward, alone in rewards if alone and reward is not None]
+        usable = sum(reward is not None for reward, _ in rewards)
+        base = math.fsum(free) / len(free) if free and usable > 1 else None
+        values = [None if reward is None else 0.0 if base is None else reward - base for reward, _ in rewards]
+        return replace(group, rollouts=tuple(replace(r, advantage=v) for r, v in zip(group.rollouts, values, strict=True)))
 
 
 @dataclass(frozen=True)

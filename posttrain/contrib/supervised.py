@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -229,6 +229,34 @@ class SuffixLoss:
             running = float(values[column]) + (self.gamma * running if seq == last else 0.0)
             out[column], last = running, seq
         return out
+
+
+@dataclass(frozen=True)
+class OwnLabel:
+    """The model's own first choice as a second label beside the given one.
+
+    Equation: ``J += coef log p(argmax)``; with the given labels' stream at ``1 - coef`` this is the cross-entropy to a mixture of the two labels.
+    Source: the auxiliary confidence loss of weak-to-strong generalisation, arXiv 2312.09390; its threshold, which makes the hardened labels of a binary
+    classifier as frequent as the weak ones, has no counterpart over a vocabulary (our reading).
+
+    ``coef``: the share of the own label, a number or a schedule that rises from 0.  ``streams``, ``aggregation``: as for every regulariser.
+
+    Wrong when: the model knows nothing yet: it is then taught its own guesses.
+    """
+
+    coef: Scalar = 0.5
+    streams: tuple[str, ...] | None = None
+    aggregation: Any = None
+    sign = -1.0
+    column = "logp_greedy"
+
+    def __post_init__(self) -> None:
+        if self.streams is not None:
+            object.__setattr__(self, "streams", (self.streams,) if isinstance(self.streams, str) else tuple(self.streams))
+
+    @property
+    def formula(self) -> str:
+        return f"-{number(self.coef)} * log p(argmax)"
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,23 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_jsd, linear_kl, linear_logprob
+from posttrain_kernels import linear_argmax, linear_jsd, linear_kl, linear_logprob
 from torch import Tensor, nn
 
 from posttrain.learner import attention
 from posttrain.learner.model import is_lora, plain
 from posttrain.records import TokenBatch
 
-KINDS = ("entropy", "kl_reverse", "kl_forward", "jsd")
+ALONE = ("entropy", "logp_greedy")
+KINDS = (*ALONE, "kl_reverse", "kl_forward", "jsd")
 FROZEN = ("base", "teacher")
 Frozen = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states ``[n, D]`` of a frozen model, its head's weight and bias.  An empty weight means that the head is shared."""
 
 
 def parse_column(name: str) -> tuple[str, str | None, float]:
-    """(kind, frozen model, beta) of ``entropy``, ``kl_reverse:base``, ``kl_forward:teacher``, ``jsd_0.5:teacher``, ...
+    """(kind, frozen model, beta) of ``entropy``, ``logp_greedy`` (of the most probable token), ``kl_reverse:base``, ``kl_forward:teacher``,
+    ``jsd_0.5:teacher``, ...
 
     Raises ``ValueError`` for any other name.
     """
@@ -36,8 +38,8 @@ def parse_column(name: str) -> tuple[str, str | None, float]:
         value = float(beta) if beta else 0.0
     except ValueError:
         value = math.nan
-    if kind not in KINDS or (to or None) not in ((None,) if kind == "entropy" else FROZEN) or (kind == "jsd" and not 0 < value < 1):
-        known = "entropy, and kl_reverse:WHO, kl_forward:WHO, jsd_BETA:WHO with WHO one of " + " or ".join(FROZEN)
+    if kind not in KINDS or (to or None) not in ((None,) if kind in ALONE else FROZEN) or (kind == "jsd" and not 0 < value < 1):
+        known = ", ".join(ALONE) + ", and kl_reverse:WHO, kl_forward:WHO, jsd_BETA:WHO with WHO one of " + " or ".join(FROZEN)
         raise ValueError(f"unknown full-vocabulary column {name!r}; choose from {known}")
     return kind, to or None, value
 
@@ -52,6 +54,9 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
         weight, bias = head.weight, getattr(head, "bias", None)
         logp, entropy = linear_logprob(hidden, weight, targets, temperature=temperature, chunk=chunk, need_entropy="entropy" in columns, bias=bias)
         found = {} if entropy is None else {"entropy": entropy}
+        if "logp_greedy" in columns:
+            best = linear_argmax(hidden, weight, chunk=chunk, bias=bias)
+            found["logp_greedy"] = linear_logprob(hidden, weight, best, temperature=temperature, chunk=chunk, bias=bias)[0]
         for name in columns:
             kind, to, beta = parse_column(name)
             if to is None or name in found:

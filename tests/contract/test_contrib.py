@@ -15,6 +15,7 @@ from posttrain import contrib
 from posttrain.contrib.classification import GroupClassification
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
+from posttrain.contrib.guided import AdvantageSaturating, DropImprobable
 from posttrain.contrib.outcome import ByReward, EntropyExponential, TurnReward
 from posttrain.contrib.preference import (
     LogisticExponential,
@@ -26,7 +27,7 @@ from posttrain.contrib.preference import (
     SteeperPairs,
 )
 from posttrain.contrib.process import ImplicitProcessReward
-from posttrain.contrib.supervised import LossSoftmax, MarginalShare, RatioSlope, SuffixLoss
+from posttrain.contrib.supervised import LossSoftmax, MarginalShare, OwnLabel, RatioSlope, SuffixLoss
 from posttrain.loss import aggregate, mask
 from posttrain.loss.advantage import Column, One, Pairwise
 from posttrain.mixture.schedule import Linear
@@ -55,6 +56,9 @@ VARIANTS: dict[str, list[Any]] = {
     "preference.LogisticExponential": [LogisticExponential(1.0, "teacher", Linear(0.05, 0.2))],
     "preference.SteeperPairs": [SteeperPairs(Pairwise(f="hinge", margin=0.2), "label"), SteeperPairs(Pairwise("squared"), "label")],
     "preference.SelfLabelled": [SelfLabelled(Pairwise(margin=0.3, gap="reward"), 0.5)],
+    "guided.AdvantageSaturating": [AdvantageSaturating(-1.0, 1.0, -0.5, 0.5, 2.0), AdvantageSaturating(-1.0, 1.0, 0.1, 0.3)],
+    "guided.DropImprobable": [DropImprobable(0.5)],
+    "supervised.OwnLabel": [OwnLabel(Linear(0.0, 0.5))],
     "outcome.ByReward": [ByReward(EntropyExponential(), threshold=0.2), ByReward(Column(), metric="label", threshold=0.5)],
     "outcome.EntropyExponential": [EntropyExponential(0.1, 1.0), EntropyExponential(Linear(0.0, 1.0))],
     "outcome.TurnReward": [TurnReward(kl=(0.1, 0.0)), TurnReward(kl=(0.5, 0.5), over="self"), TurnReward(("label",), ((2.0,),))],
@@ -69,6 +73,9 @@ VARIANTS: dict[str, list[Any]] = {
     "process.ImplicitProcessReward": [ImplicitProcessReward("old", "behaviour", 0.3, Linear(1.0, 0.0), 0.0)],
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "guided.AdvantageSaturating": {"low": [-0.5], "high": [0.5], "most": [1.0, 1.5], "at_low": [-0.7], "at_high": [0.7]},
+    "guided.DropImprobable": {"min": [0.3, 0.6]},
+    "supervised.OwnLabel": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},
     "outcome.ByReward": {"right": [One(0.5)], "wrong": [One(0.5)], "metric": ["label"], "threshold": [0.2]},
     "outcome.EntropyExponential": {"sign": [1.0]},
     "outcome.TurnReward": {"rewards": [("label", "reward")], "weights": [((0.0, 1.0),)], "kl": [(0.3, 0.0)], "to": ["teacher"], "over": ["behaviour"]},

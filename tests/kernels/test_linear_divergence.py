@@ -1,4 +1,4 @@
-"""The chunked Jensen-Shannon divergence against its naive twin, and its limits."""
+"""The chunked Jensen-Shannon divergence and argmax against their naive twins, and their limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from posttrain_kernels import linear_jsd, linear_jsd_reference, linear_kl_reference
+from posttrain_kernels import linear_argmax, linear_argmax_reference, linear_jsd, linear_jsd_reference, linear_kl_reference
 from torch import Tensor
 
 N, D, V = 9, 5, 17
@@ -66,6 +66,15 @@ def test_to_itself_is_zero_and_flat() -> None:
     own = linear_jsd(hidden, weight, hidden.detach(), weight.detach(), 0.3, chunk=4)
     assert float(own.detach().abs().max()) < 1e-12
     assert float(torch.autograd.grad(own.sum(), hidden)[0].abs().max()) < 1e-12
+
+
+def test_argmax() -> None:
+    hidden, weight, *_ = inputs()
+    bias = torch.randn(V, dtype=torch.float64)
+    for chunk in (1, 4, 100):
+        assert torch.equal(linear_argmax(hidden, weight, chunk=chunk), linear_argmax_reference(hidden, weight))
+        assert torch.equal(linear_argmax(hidden, weight, bias=bias, chunk=chunk), linear_argmax_reference(hidden, weight, bias=bias))
+    assert len(set(linear_argmax_reference(hidden, weight).tolist())) > 2
 
 
 def test_clear_errors() -> None:

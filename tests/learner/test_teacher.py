@@ -71,7 +71,7 @@ def test_scores_are_the_teachers_own(tiny: str, teacher: str, batch: TokenBatch,
 
 def test_columns_compare_with_base_and_teacher_in_one_forward(tiny: str, teacher: str, batch: TokenBatch) -> None:
     one = engine(tiny, teacher, objective())
-    names = ["kl_reverse:teacher", "kl_forward:teacher", "jsd_0.3:teacher", "kl_forward:base", "entropy", "jsd_0.5:base"]
+    names = ["kl_reverse:teacher", "kl_forward:teacher", "jsd_0.3:teacher", "kl_forward:base", "entropy", "jsd_0.5:base", "logp_greedy"]
     _, found = forward(one.module, batch, columns=names, only_trainable=False, base_model=one.core.base, teacher_model=one.core.teacher)
     p, q = rows_of(tiny, batch), rows_of(teacher, batch)
     m = torch.log(0.3 * q.exp() + 0.7 * p.exp())
@@ -81,6 +81,7 @@ def test_columns_compare_with_base_and_teacher_in_one_forward(tiny: str, teacher
         "jsd_0.3:teacher": (0.3 * q.exp() * (q - m) + 0.7 * p.exp() * (p - m)).sum(1),
         "kl_forward:base": torch.zeros(batch.num_tokens, dtype=torch.float64),
         "entropy": -(p.exp() * p).sum(1),
+        "logp_greedy": p.max(1).values,
         "jsd_0.5:base": torch.zeros(batch.num_tokens, dtype=torch.float64),
     }
     assert set(found) == set(names)
@@ -127,7 +128,7 @@ def test_a_missing_or_foreign_teacher_is_refused(tiny: str, batch: TokenBatch, t
         engine(tiny, None, objective()).score(batch, "ema")
 
 
-@pytest.mark.parametrize("name", ["jsd:teacher", "jsd_1.5:teacher", "jsd_x:base", "kl_reverse", "kl_forward:ema", "entropy:base"])
+@pytest.mark.parametrize("name", ["jsd:teacher", "jsd_1.5:teacher", "jsd_x:base", "kl_reverse", "kl_forward:ema", "entropy:base", "logp_greedy:base"])
 def test_a_column_that_means_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unknown full-vocabulary column"):
         parse_column(name)

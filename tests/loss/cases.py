@@ -55,8 +55,8 @@ def columns(objective: Objective, rows: Tensor) -> dict[str, Tensor]:
     p, out = rows.exp(), {}
     for name in objective.needs.columns:
         kind, _, to = name.partition(":")
-        if kind == "entropy":
-            out[name] = -(p * rows).sum(1)
+        if not to:
+            out[name] = {"entropy": -(p * rows).sum(1), "logp_greedy": rows.max(1).values}[kind]
             continue
         logq = {"base": naive.base_row, "teacher": naive.teacher_row}[to](rows.shape[1])
         if kind == "kl_reverse":

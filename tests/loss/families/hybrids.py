@@ -440,6 +440,31 @@ def offline_kd(seqs: list[Sequence], forward: bool = True) -> Tensor:
     return -mean([kl(teacher, row) if forward else kl(row, teacher) for row in rows])
 
 
+def weak_to_strong(seqs: list[Sequence], c: float, hardened: bool = True) -> Tensor:
+    """arXiv 2312.09390: cross-entropy to ``(1 - c) weak + c own``, the own label without gradient."""
+    out = []
+    for s, w in demos_of(seqs):
+        each = []
+        for t in w:
+            row = s["rows"][t]
+            own = row.max() if hardened else (row.exp().detach() * row).sum()
+            each.append((1 - c) * s["l"][t] + c * own)
+        out.append(total(each) / len(w))
+    return mean(out)
+
+
+def think_tuning(seqs: list[Sequence], clamp: bool = False, everything: bool = False) -> Tensor:
+    """arXiv 2508.07616 as intended: ``p / (sg(p) + gamma(A)) A`` on the teacher's words, minus the improbable ones of bad answers."""
+    own = mean([dual_clipped(s, t, advantage_norm(seqs, s)) for s, t in tokens(seqs, "policy")])
+    guided = []
+    for s, t in tokens(seqs, "prefix"):
+        a, x = advantage_norm(seqs, s), p(s, t)
+        gamma = -0.001 if clamp else -0.001 + 0.002 * min(max((a + 4) / 8, 0.0), 1.0)
+        dropped = a < 0 and float(x) < 0.01 and not everything
+        guided.append(0.0 * x if dropped else x / (x.detach() + gamma) * a)
+    return own + mean(guided)
+
+
 # -- what is compared ----------------------------------------------------------------------------------------------------------------
 DEMOS, BAND = "streams.demos", "streams.demos.masks.band={_target_: posttrain.loss.mask.ProbabilityBand, "
 KEPT = f"{DEMOS}.aggregation.denominator=kept"
@@ -612,6 +637,15 @@ CASES: dict[str, Case] = {
     ),
     "self_rewarding": case("self_rewarding", self_rewarding, partial(self_rewarding, c=0.0), spread=0.4),
     "offline_kd": case("offline_kd", offline_kd, partial(offline_kd, forward=False)),
+    "weak_to_strong": case("weak_to_strong", partial(weak_to_strong, c=0.0), partial(weak_to_strong, c=0.5)),
+    "weak_to_strong, after the ramp": case(
+        "weak_to_strong",
+        partial(weak_to_strong, c=0.4),
+        partial(weak_to_strong, c=0.0),
+        partial(weak_to_strong, c=0.4, hardened=False),
+        overrides=("regularizers.own.coef=0.4",),
+    ),
+    "think_tuning": case("think_tuning", think_tuning, partial(think_tuning, clamp=True), advantage=NORM, data=PREFIXES, spread=0.6),
     "gkd": case("gkd", gkd, partial(gkd, beta=0.1), partial(gkd, student=1.0)),
     "gkd at another beta": case(
         "gkd",
