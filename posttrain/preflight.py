@@ -28,7 +28,7 @@ LOGPS = ("self", "old", "behaviour", "base", "teacher", "entropy")
 def preflight(stages: Mapping[str, RunConfig], say: Callable[[str], None] = print) -> None:
     """Raise what can be known to fail before a cluster, an engine or a learner starts: GPUs, cluster address, models, data of every stage.
 
-    Settings that cannot act are told to ``say`` when all is well; with ``strict=true`` they are an error.
+    Settings that cannot act are counted to ``say`` when all is well; with ``strict=true`` they are an error.
     """
     first = next(iter(stages.values()))
     lines: list[str] = []
@@ -47,8 +47,8 @@ def preflight(stages: Mapping[str, RunConfig], say: Callable[[str], None] = prin
                 records = _records(replace(ready, data=_head(ready.data, ROWS)), tokenizer)
                 context(ready, records)
                 previous = ready.model.path if config.checkpoint.export else None
-    for line in lines:
-        say(line)
+    if lines:
+        say(f"{len(lines)} setting{'s' if len(lines) > 1 else ''} cannot act in this run; posttrain explain with the same words says which and why")
 
 
 def preflight_evaluation(config: RunConfig, gpus: float) -> None:

@@ -99,7 +99,7 @@ def test_train_hands_on_what_was_composed(posttrain: Posttrain, monkeypatch: pyt
     before = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")
     said = posttrain("train", "recipe=quickstart", *TINY, "stages.grpo.steps=7", "~stages.sft")
     assert said.code == 0 and list(seen["stages"]) == ["grpo"] and seen["stages"]["grpo"][0].steps == 7
-    assert "cannot act here: loss.streams.rollouts.masks.clip" in said.out, "what cannot act is reported"
+    assert "cannot act in this run; posttrain explain" in said.out, "what cannot act is reported"
     assert yaml.safe_load(seen["stages"]["grpo"][1])["steps"] == 7
     assert (list(sys.argv), os.environ.get("HYDRA_FULL_ERROR")) == before and list(tmp_path.iterdir()) == []
 
