@@ -94,6 +94,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/log_ratio | mean | tokens | nats | log-ratio of two policies that serves as the advantage (teacher over policy: minus the KL)
         {stream}/log_ratio_clamped | mean | tokens | share | tokens whose log-ratio was clamped before it became an advantage
         {stream}/preference_loss | mean | pairs | nats | the published preference loss, per pair, list or labelled answer
+        {stream}/classification_loss | mean | groups | nats | the published loss of rewards as labels
         {stream}/accuracy | mean | pairs | share | pairs ranked the right way round, lists whose best is first, answers on their label's side
         {stream}/margin | mean | pairs | reward | implicit reward of the chosen minus that of the rejected
         {stream}/chosen_score | mean | pairs | reward | implicit reward of the chosen answer
