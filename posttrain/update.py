@@ -81,16 +81,17 @@ class Learn:
         await self._agreement(plan[0])
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
-            whole = one.whole.replace(totals=self.objective.totals(one.whole), memory=self.memory)
+            whole = one.whole.replace(totals=self.objective.totals(one.whole), memory=self.objective.memory_for_parts(self.memory))
             weights, overall, current = None, {}, None
             if "entropy" in needs.references:
                 current, entropy = await self._certainty(one, whole)
                 whole = whole.with_logps(entropy=entropy)
             if needs.keep_whole and (one.cut or needs.coupling == "batch"):
                 current = await self._score(one, whole, "current") if current is None else current
-                weights, overall = self.objective.weigh(whole.replace(fresh=False) if "old" in whole.logps else whole, current)
-            if self.objective.remembers:
-                self.memory = self.objective.remember(whole, await self._score(one, whole, "current") if current is None else current)
+                full = whole.replace(memory=self.memory, fresh=whole.fresh and "old" not in whole.logps)
+                weights, overall = self.objective.weigh(full, current)
+                if self.objective.remembers:
+                    self.memory = self.objective.remember(full, current)
             if weights is not None and needs.contexts:
                 one = one.only({stream.context for stream in self.objective.streams.values()})
             micro = one.micro_batches(whole)

@@ -177,6 +177,9 @@ class Objective:
             )
         for key, term in self.regularizers.items():
             self._check_regularizer(key, term)
+        for term in self._all_terms:
+            if declared(term, "remembers") and not (declared(term, "coupling") == "batch" and declared(term, "live")):
+                raise ValueError(f"{type(term).__name__} remembers, so it must see whole steps: declare coupling = 'batch' and live = True")
         controls_in(self.controls)  # one name, two settings: an error now, not in the run
         temperatures = {s.likelihood.temperature for s in self.streams.values()}
         if len(temperatures) > 1:
@@ -306,6 +309,12 @@ class Objective:
             for term in (t for t in terms if declared(t, "remembers")):
                 out |= {memory_key(name, term, key): float(value) for key, value in term.remember(view).items()}
         return out
+
+    def memory_for_parts(self, memory: Mapping[str, float]) -> dict[str, float]:
+        """``memory`` without what remembering terms keep: it is read where the whole step is weighed, and may grow with the data."""
+        own = [memory_key(name, term, "") for name, stream in self.streams.items() for term in stream.terms.values() if declared(term, "remembers")]
+        own += [memory_key(name, term, "") for name in self.streams for term in self.regularizers.values() if declared(term, "remembers")]
+        return {key: value for key, value in memory.items() if not key.startswith(tuple(own))}
 
     def _weights(self, batch: TokenBatch, views: Mapping[str, TokenView]) -> tuple[Tensor, Metrics]:
         metrics: Metrics = {}

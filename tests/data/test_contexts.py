@@ -133,3 +133,17 @@ def test_the_running_mean_is_carried_from_step_to_step_and_over_a_resume() -> No
     assert after == pytest.approx(0.1 * (sum(seen) + 2 * (0.2 - 0.15)) / 4, rel=1e-5)
     fresh = asyncio.run(Learn(objective, Packer(64), learner).learn(3, demos(1.0, 0.0), 0.0)).result()["labelled/shift"]
     assert abs(fresh - after) > 1e-3
+
+
+def test_what_a_term_keeps_of_every_pair_stays_where_the_step_is_weighed() -> None:
+    from posttrain.records import Pair
+
+    asked = Segment((1,), Source.prompt, trainable=False)
+    sides = [Demo(f"p/{i}", (asked, Segment((10 + i, 20), Source.demo))) for i in range(2)]
+    learner, objective = Recorder(), load("ids")
+    learn = Learn(objective, Packer(64), learner, memory={"control/kl": 0.5})
+    for step in range(2):
+        asyncio.run(learn.learn(step, [Pair("p", *sides)], 0.0))
+    assert set(learn.memory) == {"control/kl", "pairs/SelfLabelled.p/chosen"} and 0.9 < learn.memory["pairs/SelfLabelled.p/chosen"] < 1.0
+    for micro in (m for m, _ in learner.learnt):
+        assert all(b.memory == {"control/kl": 0.5} for b in micro)

@@ -427,6 +427,16 @@ def test_labels_move_to_the_policys_opinion_and_stop_there() -> None:
     assert memory.items() < other.items(), "pairs not seen keep their label"
 
 
+def test_a_term_that_remembers_must_see_whole_steps() -> None:
+    class Forgetful(advantage.One):
+        remembers = True
+
+    with pytest.raises(ValueError, match=r"Forgetful remembers.*coupling = 'batch'"):
+        objective_with(Forgetful())
+    objective = composed("bco")
+    assert objective.memory_for_parts({"labelled/Pointwise.sum": 1.0, "control/kl": 2.0}) == {"control/kl": 2.0}
+
+
 def test_memory_of_other_terms_is_left_alone() -> None:
     data = labelled((1.0, 1.0), mismatched=None).replace(memory={"elsewhere": 7.0})
     assert composed("bco").remember(data)["elsewhere"] == 7.0
