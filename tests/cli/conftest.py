@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,9 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
 
     if "ray" not in request.keywords:
         monkeypatch.setattr(cluster, "session", session)
+    before = signal.getsignal(signal.SIGTERM)  # a run installs its own
     yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
