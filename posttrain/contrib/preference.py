@@ -68,7 +68,9 @@ class PairFactor:
         factor = self.plus + chosen_column(view, self.by, "PairFactor")
         if bool((view.in_pair & (factor < 0)).any()):
             where = int((view.in_pair & (factor < 0)).nonzero()[0])
-            raise ValueError(f"stream {view.name!r}: PairFactor is {float(factor[where]):g} on sample {view.batch.sample_ids[where]!r}; it must not be negative")
+            raise ValueError(
+                f"stream {view.name!r}: PairFactor is {float(factor[where]):g} on sample {view.batch.sample_ids[where]!r}; it must not be negative"
+            )
         return view.spread(factor)
 
 
@@ -306,7 +308,9 @@ class SteeperPairs:
     def _beta(self, view: TokenView) -> Tensor:
         steeper = 1.0 + chosen_column(view, self.by, "SteeperPairs")
         if bool((view.in_pair & (steeper <= 0)).any()):
-            raise ValueError(f"stream {view.name!r}: SteeperPairs.by={self.by} is -1 or less on a chosen answer; the loss would be turned round")
+            raise ValueError(
+                f"stream {view.name!r}: SteeperPairs.by={self.by} is -1 or less on a chosen answer; the loss would be turned round"
+            )
         return view.at(self.inner.beta) * steeper
 
 

@@ -59,7 +59,9 @@ class ImplicitProcessReward:
         alone = view.member & (size < 2)
         if bool(alone.any()):
             sample = view.batch.sample_ids[int(alone.nonzero()[0])]
-            raise ValueError(f"stream {view.name!r}: ImplicitProcessReward compares the answers of a group, but sample {sample!r} is alone; raise rollout.n")
+            raise ValueError(
+                f"stream {view.name!r}: ImplicitProcessReward compares the answers of a group, but sample {sample!r} is alone; raise rollout.n"
+            )
         k = size.clamp(min=2).to(reward.dtype)
         baseline = view.code_sum(group, view.seq_mean(reward)) / (k - 1)
         centred = view.spread(k / (k - 1)) * reward - view.spread(baseline)
