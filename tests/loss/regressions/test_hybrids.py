@@ -1,0 +1,101 @@
+"""Bugs of released code for SFT and its mixtures with reinforcement learning: what the wrong version does, and that ours does not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from posttrain.contrib.guided import AdvantageSaturating
+from posttrain.data.rows import to_rows
+from posttrain.mixture.buffer import Buffer
+from posttrain.mixture.demos import Demos
+from posttrain.records import Demo, Row, Segment, Source, TokenBatch
+from tests.loss.cases import composed
+from tests.loss.test_identities_hybrids import F64, given
+from tests.mixture.conftest import demo, group
+
+
+def norm_of_step(batch: TokenBatch, parts: list[list[int]], wrong: bool) -> float:
+    """The norm of the token weights of a step cut into ``parts``; ``wrong`` counts each micro-batch by itself and adds the means up."""
+    objective = composed("hpt", ("regularizers.entropy=null",))
+    whole = batch.replace(totals=objective.totals(batch))
+    found = torch.cat([objective.weights(part.replace(totals=None) if wrong else part) for part in map(whole.take, parts)])
+    return float(found.norm())
+
+
+def test_imitation_does_not_grow_with_the_number_of_micro_batches() -> None:
+    """A mixture release takes the demonstrations' token mean per micro-batch and adds micro-batches up: three demonstrations in three
+    micro-batches weigh three times what they weigh in one.  Nor is it a mean of means."""
+    batch = given([-1.0] * 4, [-1.0] * 4, [-1.0] * 4)
+    one, three = [[0, 1, 2]], [[0], [1], [2]]
+    assert norm_of_step(batch, three, wrong=True) == pytest.approx(3 * norm_of_step(batch, one, wrong=True))
+    assert norm_of_step(batch, three, wrong=False) == pytest.approx(norm_of_step(batch, one, wrong=False))
+
+
+def test_the_weight_of_dft_carries_no_gradient() -> None:
+    """Differentiated, ``p log p`` has the slope p (1 + log p), which changes its sign at p = 1/e: improbable right tokens would be pushed down."""
+    for p in (0.2, 0.6):
+        x = torch.tensor(math.log(p), dtype=F64, requires_grad=True)
+        (wrong,) = torch.autograd.grad(x.exp() * x, x)
+        assert (float(wrong) > 0) == (p > 1 / math.e)
+        assert float(composed("dft").weights(given([math.log(p)]))) == pytest.approx(p)
+
+
+def test_a_threshold_may_average_over_survivors_or_over_all() -> None:
+    """A release shrinks the loss mask before it counts, so its step does not shrink with the mask; sequence parallelism turned every objective into
+    plain likelihood there."""
+    batch = given([math.log(0.9), math.log(0.05), math.log(0.8), math.log(0.01)])
+    band = "streams.demos.masks.band={_target_: posttrain.loss.mask.ProbabilityBand, min: 0.1}"
+    over_all = composed("dft", (band,)).weights(batch)
+    over_survivors = composed("dft", (band, "streams.demos.aggregation.denominator=kept")).weights(batch)
+    assert over_all.tolist() == pytest.approx([0.225, 0.0, 0.2, 0.0]) and over_survivors.tolist() == pytest.approx([0.45, 0.0, 0.4, 0.0])
+    assert not bool(
+        composed("dft", (band.replace("min: 0.1", "min: 0.95"), "streams.demos.aggregation.denominator=kept")).weights(batch).any()
+    )
+
+
+def test_a_clamp_with_exchanged_bounds_is_a_constant() -> None:
+    """``clamp(x, min=0.001, max=-0.001)`` returns the maximum for every x, so the released gamma never followed the advantage; and a denominator of
+    p - 0.001 amplifies a token of p = 0.00101 a hundredfold."""
+    x = torch.linspace(-0.01, 0.01, 5)
+    assert x.clamp(min=0.001, max=-0.001).tolist() == pytest.approx([-0.001] * 5)
+    p = 0.00101
+    assert p / (p - 0.001) == pytest.approx(101.0)
+    with pytest.raises(ValueError, match=r"at_low=0\.001 must not be above at_high=-0\.001"):
+        AdvantageSaturating(at_low=0.001, at_high=-0.001)
+    with pytest.raises(ValueError, match=r"gamma=-0\.001 must be above 0"):
+        composed.__wrapped__("luffy", ("streams.demos.reference.gamma=-0.001",))
+
+
+def test_a_first_step_without_failures_leaves_the_buffer_empty() -> None:
+    """A release starts with None for a buffer and takes its length."""
+    gate = Buffer(size=1)
+    assert gate([group("a", 1.0, 0.0)], Demos([demo("a")]), 0, 0.0)[1:] == [] and gate.waiting == []
+    assert [i.id for i in gate([group("a", 0.0, 0.0)], Demos([demo("a")]), 1, 0.0) if isinstance(i, Demo)] == ["a"]
+
+
+def test_exactly_the_sampled_tokens_are_learnt_whatever_the_padding() -> None:
+    """A release finds the answer by comparing padded places with unpadded prompt lengths, and is off by one: under left padding prompt tokens leak in, and the first
+    sampled token is lost."""
+    prompt, answer, width = [1, 2], [3, 4, 5], 8
+    padded = [0] * (width - 5) + prompt + answer
+    wrong = [padded[i] for i in range(width) if i > len(prompt)]
+    assert wrong != answer and set(wrong) & set(prompt)
+    rows = [Row(ids=prompt + answer, sources=["prompt"] * 2 + ["policy"] * 3)]
+    batch = TokenBatch.from_sequences(rows, dtype=F64).with_logps(current=torch.full((4,), -1.0, dtype=F64))
+    view = composed("entropy_min").views(batch)["rollouts"]
+    assert batch.target_ids[view.on].tolist() == answer and batch.input_ids[view.on].tolist() == [2, 3, 4]
+
+
+def test_a_corrupted_input_is_no_padding() -> None:
+    """Where attention is built from ``ids != pad`` and the mask token is the padding, corrupted places vanish: here nothing is derived from ids."""
+    plain = Demo("d", (Segment((1, 2), Source.prompt, trainable=False), Segment((7, 8, 9), Source.demo)))
+    hidden = Demo("d", (plain.segments[0], Segment((7, 8, 9), Source.demo, inputs=(0, 0, 9))))
+    a, b = (TokenBatch.from_sequences(to_rows([d])) for d in (plain, hidden))
+    assert (
+        a.positions.tolist() == b.positions.tolist()
+        and a.lengths.tolist() == b.lengths.tolist()
+        and a.trainable.tolist() == b.trainable.tolist()
+    )
