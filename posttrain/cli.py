@@ -24,7 +24,7 @@ from posttrain import help as pages
 from posttrain import targets
 from posttrain.config import ConfigError, RunConfig, check, from_mapping
 from posttrain.messages import describe, did_you_mean, exit_code, listing, reword
-from posttrain.paths import CONFIGS, RECIPES
+from posttrain.paths import CONFIGS, RECIPES, import_from
 from posttrain.preflight import PREVIOUS
 from posttrain.words import SHOWS, Words, open_map
 
@@ -100,11 +100,14 @@ _FOLDERS: list[Path] = []
 
 
 def _set_search_path(recipe: Path | None, folders: Sequence[Path]) -> None:
-    """Let Hydra find recipes as primary configs, groups beside the recipe, and groups of the user's own."""
+    """Let Hydra find recipes as primary configs, groups and modules beside the recipe, and groups of the user's own."""
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-    _FOLDERS[:] = [*folders, *([] if recipe is None or recipe.parent == RECIPES else [recipe.parent]), RECIPES]
+    beside = [] if recipe is None or recipe.parent == RECIPES else [recipe.parent]
+    _FOLDERS[:] = [*folders, *beside, RECIPES]
+    for folder in beside:
+        import_from(folder)
     known = Plugins.instance().discover(SearchPathPlugin)
     if any(plugin.__name__ == "RecipeSearchPath" for plugin in known):
         return

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from posttrain.config import ClusterConfig, ConfigError, RunConfig
+from posttrain.paths import OWN_CODE
 
 
 def demand(stages: dict[str, RunConfig]) -> float:
@@ -85,6 +86,8 @@ def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
             "object_store_memory": int(config.object_store_gb * 2**30),
             "_node_ip_address": "127.0.0.1",
         }
+    if OWN_CODE:  # workers look beside the recipe, as they look in the folder the run was started from
+        options["job_config"] = ray.job_config.JobConfig(_py_driver_sys_path=list(OWN_CODE))
     if not joined:
         _without_dashboard()
     try:

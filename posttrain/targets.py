@@ -43,7 +43,7 @@ def locate(target: Any, path: str) -> Any:
                 raise ConfigError(f"{where}: {name} has no {part!r}" + did_you_mean(part, dir(found)))
             found = getattr(found, part)
         return found
-    raise ConfigError(f"{where}: there is no module {parts[0]!r}; it must be installed or lie in the folder you start from")
+    raise ConfigError(f"{where}: there is no module {parts[0]!r}; it must be installed, or lie beside the recipe or in the folder you start from")
 
 
 def examine(node: Any, path: str) -> None:

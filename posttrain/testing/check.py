@@ -91,12 +91,15 @@ def example_batch(
 
 
 def role_of(term: Any) -> str:
-    """Which of the six roles a term plays, from the method it has.  Raises :class:`CheckFailed` when it has none."""
+    """Which of the six roles a term plays, from the method it has; ``gate`` (it says ``uses_demos``) and ``reward`` (any other function) are no terms of
+    the loss.  Raises :class:`CheckFailed` when it is none of these."""
     methods = {"factor": "mask", "log_factor": "mask", "derivative": "likelihood", "values": "advantage", "coefficient": "aggregation"}
     methods |= {"gradient": "regularizer", "column": "regularizer", "log_ratio": "reference"}
     for method, role in methods.items():
         if hasattr(term, method):
             return role
+    if callable(term):
+        return "gate" if hasattr(term, "uses_demos") else "reward"
     raise CheckFailed(f"{type(term).__name__} has none of the methods {', '.join(methods)}, so it is no term")
 
 
@@ -226,11 +229,18 @@ def check_term(term: Any, *also: Any, alternatives: Mapping[str, Sequence[Any]] 
     1. a number per token, finite where the stream has tokens, without gradient;  2. the same after pickling;  3. the order of the sequences
     is irrelevant;  4. the gradient does not depend on the micro-batches, given the declared ``coupling`` and ``live``;  5. the declared
     ``needs`` are those it reads;  6. every setting changes something;  7. log-ratios of +-100 give a finite result or a clear error;
-    8. ``gradient`` is the derivative of ``penalty``, where a regulariser has both.
+    8. ``gradient`` is the derivative of ``penalty``, where a regulariser has both.  A gate or a reward is held to its own rules, those of
+    ``posttrain.testing.stage``.
 
     ``also``: the same class with other settings, checked alike; rule 6 asks that a setting acts in one of them.  ``alternatives``: setting
     -> values to try in rule 6, where they cannot be guessed from the type.
     """
+    if role_of(term) in ("gate", "reward"):
+        from posttrain.testing.stage import check_gate, check_reward
+
+        for each in (term, *also):
+            (check_gate if role_of(each) == "gate" else check_reward)(each)
+        return
     contexts = frozenset().union(*(declared(each, "contexts") for each in (term, *also)))
     spreads = ((0, 0.5), (1, 0.1), (2, 2.0), (3, 1.0), (4, 1.0))
     batches = [example_batch(seed, spread, contexts=contexts) for seed, spread in spreads]
