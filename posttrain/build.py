@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from posttrain.folder import RunFolder
 from posttrain.heldout import HeldOut, sentence
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import PassThrough, changes
-from posttrain.records import Group, Sampling
+from posttrain.records import Demo, Group, Pair, Prompt, Sampling
 from posttrain.report.reporter import Reporter
 from posttrain.update import Learn
 from posttrain.watchdog import Timings, together
@@ -136,17 +136,19 @@ class GateStage:
 
 @dataclass
 class Publish:
-    """New weights to the engines.  A run that does not sample publishes only what an evaluation will look at."""
+    """New weights to the engines.  A run that does not sample publishes only what an evaluation will look at.  ``verify``: the engines compare
+    fingerprints."""
 
     learner: Any
     pool: Any
     every_step: bool
     due: Any
+    verify: bool = True
 
     async def __call__(self, version: int, last: bool = False) -> None:
         if self.pool is not None and (self.every_step or last or self.due(version)):
             refs, fingerprint = await self.learner.publish(version)
-            await self.pool.publish(version, refs, fingerprint)
+            await self.pool.publish(version, refs, fingerprint if self.verify else None)
 
 
 def prepare_model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:
@@ -200,8 +202,11 @@ def _check_teacher(config: RunConfig, tokenizer: Any) -> None:
             )
 
 
-def load_stage_data(config: RunConfig, tokenizer: Any) -> tuple[list[Any], Any, list[Any], list[Any]]:
-    """Training records and their report, evaluation prompts, demonstrations for mixtures."""
+def load_stage_data(
+    config: RunConfig, tokenizer: Any, say: Callable[[str], None] = lambda _: None
+) -> tuple[list[Any], Any, list[Any], list[Any]]:
+    """Training records and their report, evaluation prompts, demonstrations for mixtures.  ``say`` is told what became of every data set, and
+    how many evaluation prompts are trained on."""
     data = config.data
 
     def load(kind: str, spec: Any, name: str) -> tuple[list[Any], Any]:
@@ -218,10 +223,25 @@ def load_stage_data(config: RunConfig, tokenizer: Any) -> tuple[list[Any], Any, 
             name=name,
         )
 
+    def told(kind: str, spec: Any, name: str) -> list[Any]:
+        found, report = load(kind, spec, name)
+        say(str(report))
+        return found
+
     records, report = load(data.kind, data.train, "data.train")
-    evaluation = load("prompts", data.eval, "data.eval")[0][: config.eval.limit] if data.eval is not None and _samples(config) else []
-    demos = load("demos", data.demos, "data.demos")[0] if data.demos is not None else []
+    say(str(report))
+    evaluation = told("prompts", data.eval, "data.eval")[: config.eval.limit] if data.eval is not None and _samples(config) else []
+    demos = told("demos", data.demos, "data.demos") if data.demos is not None else []
+    if seen := trained_on(evaluation, [*records, *demos]):
+        say(f"{seen} of {len(evaluation)} evaluation prompts are also in the training data: what they measure is not held out")
     return records, report, evaluation, demos
+
+
+def trained_on(evaluation: Sequence[Prompt], records: Sequence[Prompt | Demo | Pair]) -> int:
+    """How many evaluation prompts have the very tokens of a prompt in the training data, whatever their ids."""
+    prompts = [r.chosen.prompt if isinstance(r, Pair) else r.prompt if isinstance(r, Demo) else r for r in records]
+    known = {p.ids for p in prompts if p is not None}
+    return sum(p.ids in known for p in evaluation)
 
 
 def make_rewards(config: RunConfig) -> Any:
@@ -360,8 +380,7 @@ async def open_stage(
     timings = Timings()
     with timings.phase("start"):
         config, tokenizer = prepare_model(config, folder.root / "model", start_from)
-        records, report, evaluation, demos = load_stage_data(config, tokenizer)
-        console.message(str(report))
+        records, _, evaluation, demos = load_stage_data(config, tokenizer, console.message)
         checkpoints = folder.of("checkpoints", name)
         found = checkpoint.newest(checkpoints, console.message) if resume else None
         start = found[0] if found else 0
@@ -395,7 +414,7 @@ async def open_stage(
                 pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps, config.advantage
             )
         held_out = HeldOut(config.eval, pool, rewards, evaluation, sampling_of(config, evaluation=True), config.steps, console.message)
-        publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due)
+        publish = Publish(learner, pool, config.rollout.kind == "vllm", held_out.due, config.sync.verify)
         packer = Packer(config.learner.micro_batch_tokens, config.learner.world_size, config.learner.updates_per_batch)
         learn = Learn(
             config.loss,
@@ -418,9 +437,7 @@ async def open_stage(
             reporter.last = remembered.get("metrics", {})
             held_out.results |= remembered.get("evaluation", {})
             canaries.moved = True
-            if pool:
-                refs, fingerprint = await learner.publish(start)
-                await pool.publish(start, refs, fingerprint)
+            await publish(start, last=True)
             console.message(f"stage {name} goes on after step {start} of {config.steps}, from {found[1]}")
         run = Run(
             name=name,

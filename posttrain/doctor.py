@@ -158,7 +158,7 @@ def _count(number: int, what: str) -> str:
 
 def data_and_model(config: RunConfig, scratch: Path, start: list[str | None]) -> Iterator[Line]:
     """Columns, template, lengths, masks, and the memory each actor will want.  ``start`` passes the model on to the next stage."""
-    from posttrain.build import load_stage_data
+    from posttrain.build import load_stage_data, trained_on
 
     if config.model.path is None and config.model.tiny is None and config.init_from is None:
         return  # told by the settings
@@ -179,16 +179,14 @@ def data_and_model(config: RunConfig, scratch: Path, start: list[str | None]) ->
     yield from _guarded(memory, config)
     if config.data.train is None:
         return
-    records, report, evaluation, _ = load_stage_data(config, tokenizer)
+    records, report, evaluation, demos = load_stage_data(config, tokenizer)
     yield from columns(config)
     yield Line("ok", str(report))
     context(config, records)
     yield from masks(config, tokenizer, records)
     if evaluation:
-        shared = {getattr(r, "prompt", r).id for r in records if getattr(r, "prompt", r) is not None and not hasattr(r, "chosen")} & {
-            p.id for p in evaluation
-        }
-        yield Line("warning" if shared else "ok", f"{len(evaluation)} evaluation prompts, {len(shared)} of them also in the training data")
+        shared = trained_on(evaluation, [*records, *demos])
+        yield Line("warning" if shared else "ok", f"{len(evaluation)} evaluation prompts, {shared} of them also in the training data")
 
 
 def columns(config: RunConfig) -> Iterator[Line]:
@@ -203,7 +201,7 @@ def columns(config: RunConfig) -> Iterator[Line]:
     adapter = ADAPTERS[spec.adapter]() if isinstance(spec.adapter, str) else spec.adapter
     kept = (row for row in (adapter(rows) if adapter else rows) if SKIP not in row)
     named = next(iter(Columns(spec.columns, spec.system, spec.prompt_template or config.data.prompt_template).apply(kept)), {})
-    used = [name for name in NAMES if name in named]
+    used = [*(name for name in NAMES if name in named), *named.get("rewards", ())]
     yield Line("ok", f"data.train has the columns {', '.join(map(str, rows[0]))}; read as {', '.join(used)}")
 
 
