@@ -482,13 +482,14 @@ def _methods(args: list[str]) -> int:
 
     if odd := next((a for a in args if a.startswith("-") or "=" in a), None):
         raise ConfigError(f"methods takes words to look for, not {odd!r}: methods kl base")
-    found = 0
+    shown: list[str] = []
     for group, title in CHAPTERS.items():
-        print(("" if group == "loss" else "\n") + f"{title.lower()} ({group}=NAME)" + (f"; each stream: {WORDS}" if group == "loss" else ""))
         for method in matching(methods(group), args):
+            if group not in shown:
+                print(("\n" if shown else "") + f"{title.lower()} ({group}=NAME)" + (f"; each stream: {WORDS}" if group == "loss" else ""))
+                shown.append(group)
             print("\n".join(lines(method)), flush=True)
-            found += 1
-    if not found:
+    if not shown:
         raise ConfigError(f"no loss, advantage or mixture has {' and '.join(args)} in its name, its notes or its terms")
     return 0
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from posttrain.paths import CONFIGS
 from tests.cli.conftest import Said
 
@@ -59,6 +61,7 @@ def test_explain_reads_the_notes_of_a_loss_of_ones_own(posttrain: Posttrain, tmp
     assert "https://arxiv.org/abs/2401.00001" in said and "releases: The release has none of it." in said
 
 
+@pytest.mark.slow
 def test_methods_lists_everything(posttrain: Posttrain) -> None:
     said = posttrain("methods").out
     for group in ("loss", "advantage", "mixture"):
@@ -68,6 +71,7 @@ def test_methods_lists_everything(posttrain: Posttrain) -> None:
     assert "rollouts: Token | Named | Column | RatioClip(high=0.28), DualClip(c=10) | TokenMean" in said
 
 
+@pytest.mark.slow
 def test_methods_looks_for_words(posttrain: Posttrain, fails: Any) -> None:
     said = posttrain("methods", "2509.23753", "anchored").out
     assert "  asft: ASFT" in said and "  dapo" not in said
