@@ -30,7 +30,7 @@ def processes(mark: str) -> list[str]:
     return found
 
 
-def gone(mark: str, seconds: float = 60.0) -> list[str]:
+def gone(mark: str, seconds: float = 240.0) -> list[str]:
     """What is still there after a while; empty when all is well."""
     end = time.monotonic() + seconds
     while (left := processes(mark)) and time.monotonic() < end:
@@ -48,7 +48,7 @@ def interrupted(folder: Path, after_step: int, how: signal.Signals) -> str:
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0][-4000:]
         time.sleep(0.05)
     os.kill(process.pid, how)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode != 0
     return mark
 
