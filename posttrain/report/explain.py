@@ -124,7 +124,7 @@ def _sources(objective: Objective, notes: Notes | None) -> list[str]:
     if notes is not None:
         lines += [notes.about, *(f"https://arxiv.org/abs/{paper}" for paper in notes.papers)]
         lines += [f"run with: {notes.run_with}"] if notes.run_with else []
-        lines += [f"releases: {notes.releases or 'no difference is noted'}"]
+        lines += [f"releases: {notes.differences}"]
     streams = [term for stream in objective.streams.values() for term in stream.terms.values()]
     for term in dict.fromkeys(type(t) for t in [*streams, *objective.regularizers.values()]):
         if source := source_of(term):

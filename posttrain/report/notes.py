@@ -35,6 +35,12 @@ class Notes:
     releases: str = ""
     papers: tuple[str, ...] = ()
 
+    @property
+    def differences(self) -> str:
+        """``releases``, or what to say where it is empty."""
+        elsewhere = DIFFERS.search(f"{self.about} {self.run_with}")
+        return self.releases or ("what is said above" if elsewhere else "no difference is noted")
+
 
 def notes_of(group: str, name: str, folders: Sequence[Path] = ()) -> Notes | None:
     """The notes of ``GROUP/NAME.yaml`` in the user's folders or among the shipped ones; ``None`` when there is no such file."""
@@ -54,7 +60,8 @@ def read(text: str) -> Notes:
         parts["releases"] += ["; ".join(clauses[last:])] if clauses[last:] else []
     title, colon, _ = split[0].partition(": ") if split else ("", "", "")
     papers = tuple(dict.fromkeys(PAPER.findall(" ".join(split))))
-    return Notes(title if colon else "", *(" ".join(parts[k]) for k in ("about", "run_with", "releases")), papers=papers)
+    about, run_with, releases = (" ".join(each) for each in parts.values())
+    return Notes(title if colon else "", about, run_with, releases, papers)
 
 
 def header(text: str) -> str:
@@ -79,11 +86,13 @@ def sentences(text: str) -> list[str]:
 
 
 def _kind(sentence: str) -> str:
-    if sentence.startswith("Published with") or BEGINS_WITH_SETTING.match(sentence):
+    if sentence.startswith("Published with"):
         return "run_with"
-    if DIFFERS.search(sentence):
+    if DIFFERS.search(sentence.split("; ")[0]):
         return "releases"
-    return "run_with" if SETTING.search(sentence) else "about"
+    if BEGINS_WITH_SETTING.match(sentence):
+        return "run_with"
+    return "releases" if DIFFERS.search(sentence) else "run_with" if SETTING.search(sentence) else "about"
 
 
 def source_of(term: type) -> str:

@@ -35,6 +35,7 @@ def test_sentences_go_to_what_they_speak_of() -> None:
         ("Others compare with the old policy.", "releases"),
         ("The released code halves it (streams.pairs.coef=0.5).", "releases"),
         ("That it is a mean is our reading.", "releases"),
+        ("a=10 is the release's setting; a=1 is another method.", "releases"),
         ("rollout.n=2, a reward as the judge.", "run_with"),
         ("On given data: data.kind=pairs.", "run_with"),
         ("The others of the group count too.", "about"),
@@ -45,6 +46,12 @@ def test_where_a_sentence_goes(sentence: str, part: str) -> None:
     notes = read(f"# A name: what it is. {sentence}\n")
     assert getattr(notes, part).endswith(sentence)
     assert sum(sentence in text for text in (notes.about, notes.run_with, notes.releases)) == 1
+
+
+def test_what_is_said_of_releases_where_nothing_is() -> None:
+    assert read("# A: it is (our reading). advantage=none.\n").differences == "what is said above"
+    assert read("# A: it is. advantage=none.\n").differences == "no difference is noted"
+    assert read("# A: it is. The release differs.\n").differences == "The release differs."
 
 
 def test_a_file_without_a_comment_has_no_notes() -> None:
