@@ -36,7 +36,7 @@ class ModelConfig:
     """``path``: a Hugging Face folder or id.  ``init=random`` keeps the architecture and draws new weights.  ``tiny`` describes a model that
     is created on the spot (architecture and alphabet), used when ``path`` is null.  ``teacher``: a folder or id of the frozen model that losses
     with a ``teacher`` compare with; it must share the tokenizer.  ``base``: a folder or id of the frozen model that losses with a ``base``
-    compare with; null is where the policy starts."""
+    compare with; null is where the policy starts.  ``train_only``: a regular expression; parameters whose names it does not find stay as they are."""
 
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -49,6 +49,7 @@ class ModelConfig:
     tiny: dict[str, Any] | None = None
     teacher: str | None = None
     base: str | None = None
+    train_only: str | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ Every rank loads the whole model into its own memory before an engine shards it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def load_model(cfg: Any, *, seed: int = 0, train: bool = True) -> torch.nn.Modul
     ``cfg.init == "random"`` keeps the architecture and draws weights from ``seed``.  ``train=False`` gives the frozen start: no adapters, no
     gradients.  With LoRA only the adapters require gradients, and they are kept in float32 precision by the optimizer.
 
-    Raises ``ValueError`` naming the setting for an unknown dtype, a missing folder, weights that are not safetensors, or adapters on the head.
+    Raises ``ValueError`` naming the setting for an unknown dtype, a missing folder, weights that are not safetensors, adapters on the head, or a
+    ``train_only`` that finds nothing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,7 +54,19 @@ def load_model(cfg: Any, *, seed: int = 0, train: bool = True) -> torch.nn.Modul
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cfg.lora is not None:
         model = add_lora(model, cfg.lora, seed)
+    if cfg.train_only is not None:
+        keep_only(model, cfg.train_only)
     return model.train()
+
+
+def keep_only(model: torch.nn.Module, pattern: str) -> None:
+    """Freeze every trainable parameter whose name the regular expression does not find.  Raises ``ValueError`` when it finds none."""
+    found = [name for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)]
+    if not found:
+        some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
+        raise ValueError(f"model.train_only={pattern!r} finds no trainable parameter; their names look like {some}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in found)
 
 
 def _hint(path: str) -> str:

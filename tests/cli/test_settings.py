@@ -50,7 +50,7 @@ def test_an_unknown_key_is_named_with_its_nearest(fails: Fails, word: str, messa
         (f"{CLIP}.low=big", r"masks.clip.low='big' must be a number or a schedule"),
         (f"{CLIP}.level=tokens", r"masks.clip.level='tokens' must be one of token, sequence, sequence_geometric, null"),
         (f"{CLIP}=0.2", r"there is no loss.streams.rollouts.masks.clip; a new one needs a _target_"),
-        (f"{CLIP}.to=nobody", r"loss 'grpo' reads the log-probs 'nobody', which nothing fills; use one of self, old"),
+        (f"{CLIP}.to=nobody", r"loss 'grpo' reads the column 'nobody', which no part of a run fills \(those that are: .*old"),
         ("stages.grpo.advantage.scale=sdt", r"advantage.scale='sdt' must be one of none, std, loo_std"),
         ("data.train.num=many", r"data.train.num='many' must be a whole number, not str"),
         ("model.tiny.hidden_size=wide", r"model.tiny.hidden_size='wide' must be a whole number"),

@@ -42,6 +42,13 @@ def test_lora(tiny: str) -> None:
     assert sum(p.requires_grad for p in some.parameters()) == 2 * 2
 
 
+def test_only_what_is_named_learns(tiny: str) -> None:
+    model = load_model(ModelConfig(path=tiny, dtype="float32", train_only=r"layers\.1\.mlp\."))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    with pytest.raises(ValueError, match=r"train_only='expert' finds no trainable parameter; their names look like model\.embed"):
+        load_model(ModelConfig(path=tiny, dtype="float32", train_only="expert"))
+
+
 def test_gradient_checkpointing_is_on(tiny: str) -> None:
     model = load_model(ModelConfig(path=tiny, dtype="float32", gradient_checkpointing=True))
     assert model.is_gradient_checkpointing

@@ -256,3 +256,20 @@ def test_a_loss_that_is_not_finite_stops_at_its_micro_batch(tiny: str) -> None:
 def test_sharding_is_refused(tiny: str) -> None:
     with pytest.raises(ValueError, match=r"learner.engine=torch cannot shard"):
         engine(tiny, learner={"zero_stage": 2})
+
+
+def test_untouched_parameters_stay_bit_for_bit(tiny: str, tmp_path: Path) -> None:
+    """Under weight decay, over a checkpoint and a resume: only what ``model.train_only`` names moves, and it does."""
+    one = engine(tiny, train_only=r"mlp\.")
+    start = {name: p.detach().clone() for name, p in one.module.named_parameters()}
+    for step in range(2):
+        one.forward_backward(batch(step))
+        one.optim_step()
+    one.save(tmp_path)
+    again = engine(tiny, train_only=r"mlp\.")
+    again.load(tmp_path)
+    again.forward_backward(batch(5))
+    again.optim_step()
+    for name, parameter in again.module.named_parameters():
+        assert torch.equal(parameter, start[name]) == ("mlp." not in name), name
+    assert not again.frozen()
