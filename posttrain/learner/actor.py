@@ -54,6 +54,7 @@ class LearnerActor:
         self.rank, self.world_size = rank, world_size
         self.phase, self.since, self.version = "starting", time.monotonic(), -1
         self.engine: Any = None
+        self._store: Any = None
 
     def status(self) -> dict[str, Any]:
         """What the rank is doing, for how long, where, and with which version last published."""
@@ -69,14 +70,17 @@ class LearnerActor:
     def _now(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
 
-    def address(self) -> tuple[str, int]:
-        """A host and free port for the ranks to meet at, chosen on this rank's machine."""
+    def meet(self, timeout_s: float) -> tuple[str, int]:
+        """Open the store where the ranks meet, on this rank's machine, and say where it is.  It listens from here on: a port that is only chosen now
+        and opened later may be taken in between."""
+        from datetime import timedelta
+
         import ray
+        from torch.distributed import TCPStore
 
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        self._store = TCPStore(host, 0, self.world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+        return host, self._store.port
 
     def start(
         self, model_cfg: Any, learner_cfg: Any, objective: Any, total_steps: int, seed: int, meeting: tuple[str, int] | None, threads: int
@@ -112,9 +116,9 @@ class LearnerActor:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self.rank), "WORLD_SIZE": str(self.world_size)}
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(
-            backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world_size, timeout=timedelta(seconds=timeout_s)
-        )
+        wait = timedelta(seconds=timeout_s)
+        store = self._store or dist.TCPStore(host, port, self.world_size, is_master=False, timeout=wait)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait)
 
     def score(self, micro: list[TokenBatch], policy: str, entropy: bool) -> list[dict[str, Tensor]]:
         self._now(f"scoring {policy}")
@@ -231,7 +235,7 @@ class LearnerGroup:
         name = uuid.uuid4().hex[:8]
         self.actors = [remote.options(name=f"learner-{name}-{rank}").remote(rank, size, env) for rank in range(size)]
         deadline = time.monotonic() + self.start_timeout_s
-        meeting = (await self._gather("choosing a port", [self.actors[0].address.remote()], deadline))[0] if size > 1 else None
+        meeting = (await self._gather("opening a store", [self.actors[0].meet.remote(self.cfg.timeout_s)], deadline))[0] if size > 1 else None
         calls = [
             a.start.remote(self.model_cfg, self.cfg, self.objective, self.total_steps, self.seed, meeting, threads) for a in self.actors
         ]
