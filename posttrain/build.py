@@ -23,7 +23,7 @@ from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import PassThrough, changes
 from posttrain.records import Demo, Group, Pair, Prompt, Sampling
 from posttrain.report.reporter import Reporter
-from posttrain.update import Learn
+from posttrain.update import Critic, Learn
 from posttrain.watchdog import Timings, together
 
 
@@ -178,6 +178,12 @@ def prepare_model(config: RunConfig, scratch: Path, start_from: str | None) -> t
     if config.model.chat_template:
         tokenizer.chat_template = Path(config.model.chat_template).read_text()
     _check_teacher(config, tokenizer)
+    for key, reward in config.reward.fn.items():
+        if hasattr(reward, "check"):
+            try:
+                reward.check(tokenizer)
+            except ValueError as error:
+                raise ConfigError(f"reward.fn.{key}: {error}") from error
     return config, tokenizer
 
 
@@ -357,6 +363,28 @@ def make_learner(config: RunConfig, total_steps: int, ray_options: dict[str, Any
     )
 
 
+def make_critic(config: RunConfig) -> Any:
+    """The critic's ranks, not started yet, or None when the run has no critic."""
+    from posttrain.learner.actor import LearnerGroup
+
+    critic, gpu = config.critic, config.cluster.device == "cuda"
+    if critic is None:
+        return None
+    own = replace(config.learner, lr=critic.lr, warmup_steps=critic.warmup_steps, max_grad_norm=critic.max_grad_norm, base_every=0)
+    model = replace(config.model, path=critic.path or config.model.path, teacher=None, base=None, train_only=None)
+    if critic.path is not None:
+        model = replace(model, init="pretrained")
+    return LearnerGroup(
+        model,
+        own,
+        critic.loss,
+        total_steps=config.steps * own.updates_per_batch,
+        seed=config.seed,
+        num_gpus=config.cluster.gpus_per_learner if gpu else 0.0,
+        start_timeout_s=config.cluster.start_timeout_s,
+    )
+
+
 async def export_from_checkpoint(config: RunConfig, path: Path, target: Path) -> Path:
     """Write the Hugging Face folder of a checkpoint."""
     learner = make_learner(config, config.steps)
@@ -396,13 +424,16 @@ async def open_stage(
     rewards = make_rewards(config)
     pool = make_pool(config, tokenizer, version=0) if _samples(config) else None
     learner = make_learner(config, config.steps * config.learner.updates_per_batch)
-    closing = [learner.close] + ([pool.close] if pool else []) + ([rewards.close] if rewards else [])
+    critic = make_critic(config)
+    closing = [stage.close for stage in (learner, critic, pool, rewards) if stage is not None]
     try:
         with timings.phase("start"):
             console.message(f"starting {'the engines and ' if pool else ''}the learner from {config.model.path}")
-            await together(stage.ready() for stage in (learner, pool) if stage is not None)
+            await together(stage.ready() for stage in (learner, critic, pool) if stage is not None)
             if found:
                 await learner.load(str(found[1] / "learner"))
+                if critic is not None:
+                    await critic.load(str(found[1] / "critic"))
         rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
         if config.rollout.kind == "vllm":
             from posttrain.rollout.strategy import Fixed
@@ -425,6 +456,7 @@ async def open_stage(
             separate_demos=getattr(gate.gate, "separate_step", False),
             base_every=config.learner.base_every,
             base_mix=config.learner.base_mix,
+            critic=None if critic is None else Critic(critic, config.critic.loss, config.critic.warmup_batches),  # type: ignore[union-attr]
         )
         canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1)
         reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
@@ -463,6 +495,7 @@ async def open_stage(
                 config.checkpoint.keep,
                 config.steps,
                 {"stage": name, "model_path": config.model.path, "steps": config.steps},
+                critic,
             ),
             evaluate=held_out,
             report=reporter,

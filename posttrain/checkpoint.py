@@ -115,7 +115,7 @@ def prune(root: Path, keep: int) -> None:
 class Checkpointer:
     """Saves the learner's and the controller's state every ``every`` steps and at the last one.
 
-    ``learner`` has ``save(folder)``; ``state`` returns what the controller must remember beside the data order.
+    ``learner`` has ``save(folder)``, and so has ``critic``, where there is one; ``state`` returns what the controller must remember beside the data order.
     """
 
     root: Path
@@ -125,6 +125,7 @@ class Checkpointer:
     keep: int
     total: int
     meta: dict[str, Any]
+    critic: Any = None
 
     async def maybe_save(self, step: int, sampler_state: dict[str, Any]) -> Path | None:
         if step != self.total and (self.every <= 0 or step % self.every):
@@ -132,6 +133,8 @@ class Checkpointer:
 
         async def fill(folder: Path) -> None:
             await self.learner.save(str(folder / "learner"))
+            if self.critic is not None:
+                await self.critic.save(str(folder / "critic"))
             (folder / "controller.json").write_text(json.dumps({"step": step, "rollout": sampler_state, **self.state()}, indent=1))
 
         path = await write(self.root, step, fill, self.meta)

@@ -227,8 +227,9 @@ def _typed(raw: dict[str, Any]) -> RunConfig:
         raise ConfigError("these settings are not a whole run: a recipe begins with  defaults: [train, _self_]")
     if not isinstance(raw.get("loss"), dict) or "_target_" not in raw["loss"]:
         raise ConfigError(f"loss is not an objective; choose loss=NAME ({listing(pages.groups()['loss'])})")
-    if raw.get("advantage") == {}:
-        raw["advantage"] = None
+    for optional in ("advantage", "critic"):
+        if raw.get(optional) == {}:
+            raw[optional] = None
     if isinstance(tiny := (raw.get("model") or {}).get("tiny"), dict):
         from posttrain.testing.tiny import create_tiny_model
 

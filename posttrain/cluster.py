@@ -20,7 +20,9 @@ def demand(stages: dict[str, RunConfig]) -> float:
         if config.cluster.device == "cuda":
             engines = config.rollout.num_engines if _samples(config) else 0
             shares = config.cluster.gpus_per_engine * config.rollout.tensor_parallel
-            most = max(most, config.learner.world_size * config.cluster.gpus_per_learner + engines * shares)
+            judged = sum(getattr(reward, "num_gpus", 0.0) for reward in config.reward.fn.values())
+            models = 1 if config.critic is None else 2
+            most = max(most, models * config.learner.world_size * config.cluster.gpus_per_learner + engines * shares + judged)
     return most
 
 

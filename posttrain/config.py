@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -56,11 +56,12 @@ class ModelConfig:
 class DataConfig:
     """What is learnt from and what is held out.
 
-    ``kind``: ``prompts`` (answers are sampled), ``demos``, ``pairs`` or ``lists`` (scored answers to one prompt).  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
+    ``kind``: ``prompts`` (answers are sampled), ``demos``, ``pairs``, ``lists`` (scored answers to one prompt) or
+    ``steps`` (answers whose steps are labelled).  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
     (``path``, ``split``, ``columns``, ``limit``, ...) or an object with ``rows()``; ``demos`` feeds mixtures.
     """
 
-    kind: Literal["prompts", "demos", "pairs", "lists"] = "prompts"
+    kind: Literal["prompts", "demos", "pairs", "lists", "steps"] = "prompts"
     train: Any = None
     eval: Any = None
     demos: Any = None
@@ -145,6 +146,20 @@ class LearnerConfig:
     threads: int | None = None
     base_every: int = 0
     base_mix: float = 1.0
+
+
+@dataclass
+class CriticConfig:
+    """A critic: a model of its own with a scalar head, which says what every state was worth before the policy moves, and then learns from the returns.
+    ``loss``: its objective.  ``path``: a folder or id, for instance a reward model's export; null is where the policy starts.  In the first ``warmup_batches``
+    batches it learns alone.  What is not named here is as in ``learner`` and ``model``."""
+
+    loss: Any
+    path: str | None = None
+    lr: float = 1e-5
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    warmup_batches: int = 0
 
 
 @dataclass
@@ -237,6 +252,7 @@ class RunConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: CriticConfig | None = None
     sync: SyncConfig = field(default_factory=SyncConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -363,7 +379,8 @@ def check(config: RunConfig) -> None:
         not with_teacher or config.model.teacher is not None,
         f"loss {config.loss.name!r} compares with a teacher: give model.teacher=FOLDER_OR_ID (a model with the same tokenizer)",
     )
-    unfilled = sorted(needs.references - FILLED)
+    _check_heads(config, require)
+    unfilled = sorted(needs.references - FILLED - ({"value"} if config.critic is not None else set()))
     require(
         not unfilled,
         f"loss {config.loss.name!r} reads the column {', '.join(map(repr, unfilled))}, which no part of a run fills (those that are: {', '.join(sorted(FILLED))}); "
@@ -395,7 +412,7 @@ def check(config: RunConfig) -> None:
             f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",
         )
     else:
-        require(data.kind != "prompts", "rollout=replay learns from given answers: set data.kind to demos, pairs or lists")
+        require(data.kind != "prompts", "rollout=replay learns from given answers: set data.kind to demos, pairs, lists or steps")
         require("policy" not in sources or sources != {"policy"}, f"loss {config.loss.name!r} learns from sampled tokens only; set rollout=vllm")
         require(
             "behaviour" not in needs.references,
@@ -407,6 +424,30 @@ def check(config: RunConfig) -> None:
     if config.eval.at_start or config.eval.at_end or config.eval.every:
         require(data.eval is not None, "evaluation is asked for but data.eval is not set: give data.eval.path=FILE or eval.at_start=false eval.at_end=false")
         require(bool(config.reward.fn), "evaluation needs a reward to say what is right: choose reward=NAME")
+
+
+def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+    """A language model, a reward model or a critic: what reads which head, and what each learns from."""
+    needs, name, critic = config.loss.needs, config.loss.name, config.critic
+    reads = "value" in needs.references
+    if needs.head == "scalar":
+        require(config.rollout.kind == "replay", f"loss {name!r} trains a scalar head, which cannot sample; set rollout=replay, or make it the critic's: critic.loss")
+        require(not reads, f"loss {name!r} reads what a critic said before and cannot be run by itself; it is the loss of critic=value")
+        require(
+            not (config.eval.at_start or config.eval.at_end or config.eval.every),
+            f"loss {name!r} trains a scalar head, which cannot answer prompts: set eval.at_start=false eval.at_end=false eval.every=0",
+        )
+    marked = needs.head == "scalar" and needs.at == "marked"
+    require(marked or config.data.kind != "steps", f"data.kind=steps labels the ends of steps; loss {name!r} does not read there: choose loss=process_reward_model")
+    require(not marked or config.data.kind == "steps", f"loss {name!r} learns from labelled steps; set data.kind=steps (it is {config.data.kind})")
+    require(critic is not None or not reads, f"loss {name!r} reads the values of a critic, and the run has none: choose critic=value")
+    if critic is None:
+        return
+    require(reads, f"critic is set, but loss {name!r} reads no values; choose loss=ppo_gae, or critic=none")
+    own = critic.loss.needs
+    require(own.head == "scalar" and own.at == "before", f"critic.loss={critic.loss.name!r} is no critic's: its likelihood must be Score(at=before)")
+    require(own.keep_whole is None, f"critic.loss={critic.loss.name!r} compares whole groups or steps, which a critic's loss cannot")
+    require(0 <= critic.warmup_batches < config.steps, f"critic.warmup_batches={critic.warmup_batches} must be at least 0 and below steps={config.steps}")
 
 
 def _imitates(stream: Any) -> bool:

@@ -83,6 +83,10 @@ FAMILIES: dict[str, list[Metric]] = {
     "Streams of the loss (a stream is a name of the recipe: rollouts, demos, pairs, ...)": _family("""
         loss | sum | | nats | the coefficient-form loss; comparable within one method only
         {stream}/tokens | sum | | tokens | tokens the stream learns from
+        {stream}/score | mean | columns | reward | the number a scalar head gives: a reward model's score, a critic's value
+        {stream}/value_loss | mean | columns | nats or squared reward | the published loss of a scalar head towards a label or a return
+        {stream}/value_error | mean | columns | squared reward | squared distance of a critic's value from the return, before clipping
+        {stream}/value_clipped | mean | columns | share | columns where the clipped value error is the larger one, so that nothing is learnt
         {stream}/nll | mean | tokens | nats per token | negative log-prob; over sampled tokens an estimate of the policy's entropy
         {stream}/objective | sum | | objective | the stream's own published objective, where it has one
         {stream}/advantage_abs | mean | tokens | advantage | mean absolute advantage per token
@@ -138,6 +142,22 @@ FAMILIES: dict[str, list[Metric]] = {
         learner/time_s | sum | | seconds | time in optimizer steps, forward and backward included
         learner/two_passes | mean | optimizer steps | share | steps whose token weights were formed in a pass of their own
         learner/base_moved | sum | | moves | times the base the loss compares with was moved towards the policy
+    """),
+    "Critic": _family("""
+        critic/tokens | sum | | tokens | sampled tokens whose states were valued
+        critic/score | mean | tokens | reward | the value of a state
+        critic/value_loss | mean | tokens | squared reward | the critic's published loss
+        critic/value_error | mean | tokens | squared reward | squared distance of a value from the return, before clipping
+        critic/value_clipped | mean | tokens | share | states where the clipped error is the larger one, so that nothing is learnt
+        critic/explained_variance | mean | optimizer steps | share | of the returns' variance, by the values recorded before the step
+        critic/objective | sum | | objective | the critic's own objective, where it has one
+        critic/loss | sum | | loss | the critic's loss
+        critic/advantage_abs | mean | tokens | reward | mean absolute distance that a value is drawn
+        critic/zero_weight | mean | tokens | share | states that nothing is learnt from
+        critic/grad_norm | mean | optimizer steps | norm | gradient norm before clipping
+        critic/lr | mean | optimizer steps | rate | learning rate
+        critic/update_norm_ratio | mean | optimizer steps | ratio | norm of the update over norm of the weights
+        critic/time_s | sum | | seconds | time in the critic's optimizer steps
     """),
     "Packing and data": _family("""
         pack/tokens | sum | | tokens | columns packed

@@ -21,8 +21,6 @@ PREVIOUS = "<previous stage>"
 """``model.path`` of a stage that begins where the one before it ended."""
 ROWS = 2000
 """Rows of each data set that a run reads before it starts anything; the rest is read when its stage begins."""
-LOGPS = ("self", "old", "behaviour", "base", "teacher", "entropy")
-"""Named columns that a run can fill for a loss."""
 
 
 def preflight(stages: Mapping[str, RunConfig], say: Callable[[str], None] = print) -> None:
@@ -126,12 +124,10 @@ def reachable(address: str, timeout_s: float = 5.0) -> None:
 
 
 def names(config: RunConfig) -> None:
-    """Names that nothing in the run answers to: in terms, weights, metric and gate."""
+    """Names that nothing in the run answers to: in weights, metric and gate."""
     from posttrain.reward.combine import Sum
 
     reward = config.reward
-    for name in sorted(config.loss.needs.references - set(LOGPS)):
-        raise ConfigError(f"loss {config.loss.name!r} reads the log-probs {name!r}, which nothing fills; use one of {', '.join(LOGPS)}")
     if reward.fn:
         try:
             (reward.combine or Sum(reward.weights)).check(reward.fn)

@@ -61,7 +61,8 @@ class Segment:
     """A run of tokens with one source.  ``logprobs`` and ``version`` are present exactly when ``source`` is ``policy``.
 
     ``trainable`` is one flag for the segment or one per token: a demonstration's user turns and tool outputs are not learnt from.  ``inputs``: what
-    the model reads in the place of ``ids`` while it predicts what follows; the labels stay ``ids``.
+    the model reads in the place of ``ids`` while it predicts what follows; the labels stay ``ids``.  ``label``: what is known of the segment of a
+    demonstration, a step's correctness for instance; it becomes the advantage column of its tokens.
     """
 
     ids: tuple[int, ...]
@@ -71,6 +72,7 @@ class Segment:
     version: int | None = None
     trainable: bool | tuple[bool, ...] = True
     inputs: tuple[int, ...] | None = None
+    label: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer, Step
 from posttrain.data.report import Report
 from posttrain.data.rows import to_rows
+from posttrain.data.scored import read_at
 from posttrain.loss.unified import Objective
 from posttrain.metrics import Accumulator
 from posttrain.mixture.control import recall, steer
@@ -36,11 +37,49 @@ def scatter(step: Step, values: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass
+class Critic:
+    """A critic's side of the loop.  ``learner`` is a group of ranks of its own, ``objective`` its loss."""
+
+    learner: Any
+    objective: Objective
+    warmup_batches: int = 0
+
+    async def values(self, one: Step) -> Tensor:
+        """What every state is worth, ``[N]``."""
+        return scatter(one, [r["logp"] for r in await self.learner.score(one.micro_batches(), "current")])
+
+    async def learn(self, one: Step, whole: TokenBatch, policy: Objective, current: Tensor) -> dict[str, tuple[float, float]]:
+        """One optimizer step towards the returns of ``policy``'s advantage term.  Returns ``critic/`` metrics; ``explained_variance`` is that of the values
+        before the step."""
+        target = torch.zeros_like(current)
+        for name, view in policy.views(whole, current).items():
+            if (source := returns_of(policy.streams[name].advantage)) is not None:
+                target = torch.where(view.on, source.returns(view).to(target.dtype), target)
+                seen, known = target[view.on], whole.logps["value"][view.on]
+        own = whole.replace(advantage=target)
+        own = own.replace(totals=self.objective.totals(own))
+        report = await self.learner.step(one.micro_batches(own), None)
+        found = {f"critic/{name.removeprefix('rollouts/')}": pair for name, pair in report.metrics.items()}
+        found |= {f"critic/{k}": (float(v), 1.0) for k, v in report.scalars.items()}
+        if len(seen) > 1 and float(seen.var()) > 0:
+            found["critic/explained_variance"] = (1.0 - float((seen - known).var() / seen.var()), 1.0)
+        return found
+
+
+def returns_of(advantage: Any) -> Any | None:
+    """The advantage term that knows the returns: the term itself or one inside it; None when there is none."""
+    while advantage is not None and not hasattr(advantage, "returns"):
+        advantage = getattr(advantage, "inner", None)
+    return advantage
+
+
+@dataclass
 class Learn:
     """The learner's side of the loop.  ``learner`` is a group of ranks with ``score`` and ``step``.
 
     ``separate_demos``: demonstrations get one optimizer step of their own, after those of everything else.  ``memory`` holds what the loss's
-    terms carry from step to step; ``base_every`` and ``base_mix`` move the frozen start every so many batches (0: never).
+    terms carry from step to step; ``base_every`` and ``base_mix`` move the frozen start every so many batches (0: never).  ``critic``: fills the values the
+    objective reads, then learns from the returns.
     """
 
     objective: Objective
@@ -52,6 +91,7 @@ class Learn:
     separate_demos: bool = False
     base_every: int = 0
     base_mix: float = 1.0
+    critic: Critic | None = None
     memory: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -69,7 +109,7 @@ class Learn:
         needs = self.objective.needs
         counted = Report("packed")
         first, second = self._parts(items)
-        rows, later = (with_contexts(kept, needs.contexts) if (kept := to_rows(part, counted)) else [] for part in (first, second))
+        rows, later = (with_contexts(read_at(kept, needs.at), needs.contexts) if (kept := to_rows(part, counted)) else [] for part in (first, second))
         totals = Accumulator()
         totals.add({f"data/dropped/{reason}": (float(n), 0.0) for reason, n in counted.dropped.items()})
         if not rows and not later:
@@ -94,12 +134,16 @@ class Learn:
                     self.memory = self.objective.remember(full, current)
             if weights is not None and needs.contexts:
                 one = one.only({stream.context for stream in self.objective.streams.values()})
-            micro = one.micro_batches(whole)
-            sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
-            report = await self.learner.step(micro, sliced)
-            found = {**report.metrics, **overall}
-            totals.add({**found, **self._steer(found, whole.num_sequences)})
-            totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
+            if self.critic is not None:
+                current = await self._score(one, whole, "current") if current is None else current
+                totals.add(await self.critic.learn(one, whole, self.objective, current))
+            if self.critic is None or step >= self.critic.warmup_batches:
+                micro = one.micro_batches(whole)
+                sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
+                report = await self.learner.step(micro, sliced)
+                found = {**report.metrics, **overall}
+                totals.add({**found, **self._steer(found, whole.num_sequences)})
+                totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
             totals.add({"learner/two_passes": (float(weights is not None), 1.0)})
         if self.base_every and (step + 1) % self.base_every == 0:
@@ -143,6 +187,8 @@ class Learn:
         for policy in ("base", "teacher"):
             if policy in wanted:
                 whole = whole.with_logps(**{policy: await self._score(one, whole, policy)})
+        if self.critic is not None:
+            whole = whole.with_logps(value=await self.critic.values(replace(one, whole=whole)))
         if several and "old" in wanted:
             whole = whole.with_logps(old=await self._score(one, whole, "current"))
         return replace(one, whole=whole)

@@ -86,7 +86,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"learner__offload_optimizer": True}, "offload_optimizer needs"),
         ({"rollout__temperature": 0.0}, "needs a temperature above 0"),
         ({"rollout__temperature": 0.7}, "sampled at 0.7"),
-        ({"rollout__kind": "replay"}, "set data.kind to demos, pairs or lists"),
+        ({"rollout__kind": "replay"}, "set data.kind to demos, pairs, lists or steps"),
         ({"rollout__kind": "replay", "data__kind": "demos"}, "learns from sampled tokens only"),
         ({"data__kind": "pairs"}, "data.kind must be prompts"),
         ({"advantage": None}, "rollouts need an advantage"),
@@ -102,7 +102,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"loss": "dpo", "rollout__kind": "replay", "data__kind": "demos"}, "set data.kind=pairs"),
         ({"eval__at_end": True}, "data.eval is not set"),
         ({"rollout__max_model_len": 100}, "cannot hold"),
-        ({"loss": ("ppo", VALUES)}, "reads the column 'value', which no part of a run fills"),
+        ({"loss": ("ppo", VALUES)}, "reads the values of a critic, and the run has none: choose critic=value"),
         ({"loss": ("grpo", DISTILL)}, "give model.teacher=FOLDER_OR_ID"),
     ],
 )
@@ -129,3 +129,25 @@ def test_open_maps_need_no_plus() -> None:
     assert open_map("loss.streams.rollouts.coef=2") == "++loss.streams.rollouts.coef=2"
     assert open_map("loss=dapo") == "loss=dapo"
     assert open_map("learner.lr=2") == "learner.lr=2"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss=ppo_gae", "advantage=reward"], r"reads the values of a critic, and the run has none: choose critic=value"),
+        (["loss=grpo", "advantage=group_norm", "critic=value"], r"critic is set, but loss 'grpo' reads no values; choose loss=ppo_gae, or critic=none"),
+        (["loss=ppo_gae", "advantage=reward", "critic=value", "critic.warmup_batches=100"], r"critic.warmup_batches=100 must be at least 0 and below steps=100"),
+        (["loss=reward_model", "advantage=group_norm"], r"trains a scalar head, which cannot sample; set rollout=replay"),
+        (["loss=value", "rollout=replay", "data.kind=demos"], r"loss 'value' reads what a critic said before and cannot be run by itself"),
+        (["loss=sft", "rollout=replay", "data.kind=steps"], r"data.kind=steps labels the ends of steps; loss 'sft' does not read there"),
+        (["loss=process_reward_model", "rollout=replay", "data.kind=demos"], r"learns from labelled steps; set data.kind=steps \(it is demos\)"),
+        (["loss=reward_model", "rollout=replay", "data.kind=pairs", "eval.at_end=true"], r"cannot answer prompts: set eval.at_start=false"),
+    ],
+)
+def test_heads_and_what_they_learn_from(words: list[str], message: str) -> None:
+    from posttrain.cli import stages_of
+    from posttrain.words import Words
+
+    common = ["model=tiny", "data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"]
+    with pytest.raises(ConfigError, match=message):
+        stages_of(Words([*common, *words]))

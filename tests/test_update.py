@@ -20,7 +20,7 @@ from posttrain.loss import load
 from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Segment, Source
 from posttrain.rollout.mismatch import MismatchError
 from posttrain.testing.tiny import create_tiny_model
-from posttrain.update import Learn
+from posttrain.update import Critic, Learn
 
 
 class Local:
@@ -133,3 +133,29 @@ def test_nothing_left_is_an_error_with_the_reasons(tiny: str) -> None:
     failed = Group(prompt, (Rollout("q/0", prompt, (Segment((11,), Source.policy, logprobs=(-1.0,), version=0),), "stop", reward=None),))
     with pytest.raises(ValueError, match="step 0: nothing is left to learn from"):
         learnt(tiny, "grpo", GroupAdvantage()([failed]), 100)
+
+
+def test_a_critic_values_first_and_learns_after(tiny: str) -> None:
+    """Its values are those before its step, whatever the cut; the returns it is drawn towards are reward minus nothing with lambda 1; warm-up leaves the
+    policy alone."""
+    goal, own = load("ppo_gae", ["streams.rollouts.advantage.inner.lam=1.0", "streams.rollouts.advantage.inner.coef=0.0"]), load("value")
+
+    def run(room: int, updates: int = 1, warmup: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        cfg = LearnerConfig(engine="torch", lr=1e-2)
+        policy, critic = (TorchEngine(ModelConfig(path=tiny, dtype="float64"), cfg, o, total_steps=4) for o in (goal, own))  # type: ignore[arg-type]
+        learn = Learn(goal, Packer(room, 1, updates), Local(policy), critic=Critic(Local(critic), own, warmup))
+        totals = asyncio.run(learn.learn(0, groups(), 0.0))
+        return ({n: t.clone() for n, t in dict(e.state()).items()} for e in (policy, critic)), totals.result()  # type: ignore[return-value]
+
+    (policy, critic), metrics = run(10_000)
+    (policy_cut, critic_cut), metrics_cut = run(9)
+    assert close(policy, policy_cut) and close(critic, critic_cut)
+    for name in ("critic/value_loss", "critic/explained_variance", "rollouts/objective"):
+        assert metrics[name] == pytest.approx(metrics_cut[name], rel=1e-9)
+    start = dict(TorchEngine(ModelConfig(path=tiny, dtype="float64"), LearnerConfig(engine="torch"), goal).state())  # type: ignore[arg-type]
+    (policy, critic), metrics = run(10_000, warmup=1)
+    assert close(policy, start) and close(critic, critic_cut) and "learner/grad_norm" not in metrics
+    rewards = [r.advantage for g in groups() for r in g.rollouts for _ in range(r.num_tokens)]
+    mean_return = metrics["critic/score"] + sum(rewards) / len(rewards) - metrics["critic/score"]
+    assert metrics["critic/value_error"] == pytest.approx(sum(a * a for a in rewards) / len(rewards), abs=0.1 + abs(mean_return))
+    assert run(10_000, updates=2)[1]["critic/tokens"] == metrics["critic/tokens"]

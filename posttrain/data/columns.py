@@ -7,6 +7,7 @@ prompts    ``prompt`` [``answer``], or ``messages`` (a last assistant turn is le
 demos      ``messages``, or ``prompt`` + ``completion``, or ``text``
 pairs      ``chosen`` + ``rejected``, with ``prompt`` or with the prompt as their common beginning
 lists      ``prompt`` + ``completions`` + ``scores``, the last two lists of one length
+steps      ``prompt`` + ``completions`` (the steps of one answer) + ``labels``, the last two lists of one length
 all        ``id``, ``tools``, ``system``, ``weight``, ``level``, ``env``, and ``finish`` (``length`` marks a cut-off answer)
 rewards    demos: ``label`` (0 bad to 1 good), ``score``; pairs: ``label`` (how sure that the chosen is better), ``margin``,
            ``deviation`` (of the chosen from other answers), ``chosen_score``, ``rejected_score``; numbers or booleans, and still in ``meta``
@@ -36,6 +37,7 @@ NAMES = (
     "rejected",
     "completions",
     "scores",
+    "labels",
     "answer",
     "text",
     "id",

@@ -17,9 +17,10 @@ from posttrain.data.pairs import to_pairs
 from posttrain.data.prompts import to_prompts
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.report import Report
+from posttrain.data.steps import to_steps
 from posttrain.records import Demo, Group, Pair, Prompt
 
-Kind = Literal["prompts", "demos", "pairs", "lists"]
+Kind = Literal["prompts", "demos", "pairs", "lists", "steps"]
 
 
 class NothingUsable(DataError):
@@ -94,8 +95,10 @@ def load_data(
             records, report = to_pairs(rows, renderer, max_length=max_length, truncation=truncation)
         elif kind == "lists":
             records, report = to_lists(rows, renderer, max_length=max_length, truncation=truncation)
+        elif kind == "steps":
+            records, report = to_steps(rows, renderer, max_length=max_length, truncation=truncation)
         else:
-            raise DataError(f"unknown kind {kind!r}; choose prompts, demos, pairs or lists")
+            raise DataError(f"unknown kind {kind!r}; choose prompts, demos, pairs, lists or steps")
     except ValueError as error:
         raise DataError(f"{name}: {error}") from error
     for reason, count in skipped.items():

@@ -89,8 +89,10 @@ def _rollout_row(rollout: Rollout, key: str) -> Row:
 
 def _demo_row(demo: Demo, pair: str | None = None, side: Literal["chosen", "rejected"] | None = None) -> Row:
     name = demo.id if pair is None else f"{pair}/{side}"
+    labelled = any(s.label is not None for s in demo.segments)
+    labels = [0.0 if s.label is None else s.label for s in demo.segments for _ in s.ids]
     return Row(
-        **_tokens(demo.segments, name), weight=demo.weight, rewards=demo.rewards, sample_id=name, pair=pair, side=side, finish=demo.finish
+        **_tokens(demo.segments, name), advantage=labels if labelled else 1.0, weight=demo.weight, rewards=demo.rewards, sample_id=name, pair=pair, side=side, finish=demo.finish
     )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.learner.forward import PolicyModule, forward
+from posttrain.learner.forward import PolicyModule, forward, self_check
 from posttrain.learner.model import is_lora, load_model, plain
+from posttrain.learner.scalar import ScalarModule, scalar_self_check
 from posttrain.records import TokenBatch
 from posttrain.rollout.mismatch import sums
 
@@ -24,13 +25,26 @@ def device_of(rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
+def build_module(model_cfg: Any, cfg: Any, objective: Any, device: torch.device, seed: int) -> PolicyModule | ScalarModule:
+    """The module an engine wraps, with the head its objective reads, checked against the model it is made of."""
+    head = objective.needs.head
+    model = load_model(model_cfg, seed=seed, head=head).to(device)
+    if head == "scalar":
+        scalar = ScalarModule(model)
+        scalar_self_check(scalar)
+        return scalar
+    module = PolicyModule(model, cfg.head_chunk)
+    self_check(module)
+    return module
+
+
 class Core:
     """A policy, its objective, and the frozen models it is compared with: its start and a teacher.
 
     ``caller`` in the methods is whatever runs the forward: the :class:`PolicyModule` or an engine around it.
     """
 
-    def __init__(self, module: PolicyModule, model_cfg: Any, objective: Any, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, module: PolicyModule | ScalarModule, model_cfg: Any, objective: Any, device: torch.device, seed: int = 0) -> None:
         self.module = module
         self.objective = objective
         self.device = device
@@ -162,7 +176,8 @@ class Core:
         found = self.objective(padded, logp=logp, columns=columns, weights=None if weights is None else weights.to(self.device))
         if not bool(torch.isfinite(found.loss)):
             raise FloatingPointError(f"the loss of this micro-batch is {float(found.loss)}; samples {', '.join(batch.sample_ids[:4])}")
-        measured = sums(padded.logps["behaviour"], logp.detach()) if batch.fresh and "behaviour" in padded.logps else {}
+        comparable = needs.head == "lm" and batch.fresh and "behaviour" in padded.logps
+        measured = sums(padded.logps["behaviour"], logp.detach()) if comparable else {}
         return found.loss + silent, {**found.metrics, **measured}
 
 

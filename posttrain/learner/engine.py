@@ -24,9 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from posttrain.learner import checkpoint, optim
-from posttrain.learner.core import Core, Metrics, device_of
-from posttrain.learner.forward import PolicyModule, self_check
-from posttrain.learner.model import load_model
+from posttrain.learner.core import Core, Metrics, build_module, device_of
 from posttrain.learner.weights import export, hf_state
 from posttrain.records import TokenBatch
 from posttrain.sync.fingerprint import Fingerprint, fingerprint
@@ -95,8 +93,7 @@ class DeepSpeedEngine:
         self._deepspeed = deepspeed
         self.model_cfg, self.cfg, self.rank, self.world_size, self.total_steps = model_cfg, learner_cfg, rank, world_size, total_steps
         self.device = device_of(rank)
-        module = PolicyModule(load_model(model_cfg, seed=seed).to(self.device), learner_cfg.head_chunk)
-        self_check(module)
+        module = build_module(model_cfg, learner_cfg, objective, self.device, seed)
         config = deepspeed_config(model_cfg, learner_cfg, world_size, module.inner.config.get_text_config().hidden_size)
         self.stage = config["zero_optimization"]["stage"]
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]

@@ -75,6 +75,14 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
     return forward
 
 
+def hidden_states(inner: nn.Module, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    """Hidden states ``[N, D]`` of a packed row after the last norm of a transformers model, whatever its head."""
+    extra = attention.keywords(inner.config._attn_implementation, lengths)
+    with attention.packed_row():
+        out = inner.base_model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **extra)
+    return out.last_hidden_state[0]
+
+
 class PolicyModule(nn.Module):
     """A causal language model that answers with log-probabilities of given targets instead of logits.
 
@@ -102,11 +110,7 @@ class PolicyModule(nn.Module):
 
     def hidden(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states ``[N, D]`` of the packed row, after the last norm."""
-        inner = self.inner
-        extra = attention.keywords(inner.config._attn_implementation, lengths)
-        with attention.packed_row():
-            out = inner.base_model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **extra)
-        return out.last_hidden_state[0]
+        return hidden_states(self.inner, input_ids, positions, lengths)
 
     def forward(
         self,

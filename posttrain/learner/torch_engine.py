@@ -14,9 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.learner import checkpoint, optim
-from posttrain.learner.core import Core, Metrics, device_of
-from posttrain.learner.forward import PolicyModule, self_check
-from posttrain.learner.model import load_model
+from posttrain.learner.core import Core, Metrics, build_module, device_of
 from posttrain.learner.weights import export, hf_state
 from posttrain.records import TokenBatch
 from posttrain.sync.fingerprint import Fingerprint, fingerprint
@@ -33,8 +31,7 @@ class TorchEngine:
             raise ValueError(f"learner.engine=torch cannot shard; set learner.zero_stage=0 (it is {learner_cfg.zero_stage}) or learner.engine=deepspeed")
         self.model_cfg, self.cfg, self.rank, self.world_size, self.total_steps = model_cfg, learner_cfg, rank, world_size, total_steps
         self.device = device_of(rank)
-        self.module = PolicyModule(load_model(model_cfg, seed=seed).to(self.device), learner_cfg.head_chunk)
-        self_check(self.module)
+        self.module = build_module(model_cfg, learner_cfg, objective, self.device, seed)
         self.core = Core(self.module, model_cfg, objective, self.device, seed)
         self.named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         self.watch = optim.GradientWatch(self.named)

@@ -19,7 +19,7 @@ from posttrain.loss.reference import number
 from posttrain.loss.view import Metrics, TokenView
 from posttrain.mixture.schedule import Scalar
 
-SCORES = ("log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean")
+SCORES = ("log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean", "value")
 SHAPES = ("logistic", "squared", "hinge", "sigmoid", "reverse_kl")
 TRANSFORMS = ("identity", "log_odds", "power", "log_sigmoid")
 
@@ -195,6 +195,10 @@ class GeneralizedAdvantage:
         if self.lam_by_length:
             lam = view.spread(1.0 - 1.0 / (self.lam_by_length * view.seq_len().clamp(min=1))).clamp(min=0.0)
         return view.discounted(delta, self.gamma * lam)
+
+    def returns(self, view: TokenView) -> Tensor:
+        """What a critic is drawn towards, ``A + V``, ``[N]``."""
+        return self.values(view) + view.select(view.reference(self.values_from))
 
     def metrics(self, view: TokenView) -> Metrics:
         if not self._with_kl:
@@ -396,7 +400,7 @@ class Pairwise:
     ORPO, arXiv 2403.07691; ``power``, AlphaPO, arXiv 2501.03884, and f-DPO, arXiv 2309.16240; ``shortfall``, DPOP, arXiv 2402.13228.
 
     ``f``: the loss.  ``score``: ``log_ratio_sum`` or ``log_ratio_mean`` against ``to``, or ``logp_sum``, ``logp_mean`` without a reference;
-    the aggregation must match (``PairSum`` for sums, ``PairTokenMean`` for means).  ``beta``: inverse temperature; with ``squared`` the
+    the aggregation must match (``PairSum`` for sums, ``PairTokenMean`` for means); ``value``: what a scalar head says of the answer.  ``beta``: inverse temperature; with ``squared`` the
     target margin is ``1/(2 beta)``.  ``label_smoothing``: the assumed share of flipped labels, for ``logistic`` (0: none) and ``reverse_kl``
     (above 0); ``debias`` makes the smoothed logistic loss unbiased for it.  ``label``: a reward column of the chosen answer with the
     probability that it is the better one, in the place of a hard label; logistic only.  ``margin``: subtracted from ``beta h``, in its
@@ -412,7 +416,7 @@ class Pairwise:
     """
 
     f: Literal["logistic", "squared", "hinge", "sigmoid", "reverse_kl"] = "logistic"
-    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean"] = "log_ratio_sum"
+    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean", "value"] = "log_ratio_sum"
     to: str = "base"
     beta: Scalar = 0.1
     label_smoothing: float = 0.0
@@ -484,7 +488,7 @@ class Pairwise:
         if e and self.f == "logistic":
             f += f" smoothed by {e:g}" + (", debiased" if self.debias else "")
         part = f"log(pi/pi_{self.to})" if self.score.startswith("log_ratio") else "log pi"
-        score = f"{self.score.rsplit('_', 1)[1]} {part}"
+        score = "r" if self.score == "value" else f"{self.score.rsplit('_', 1)[1]} {part}"
         if self.transform != "identity":
             score = f"{self.transform}{f'[{self.alpha:g}]' if self.transform == 'power' else ''}({score})"
         if self.shortfall != 0:
@@ -607,7 +611,7 @@ class Pointwise:
     """
 
     f: Literal["logistic", "sigmoid", "squared"] = "logistic"
-    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean"] = "log_ratio_sum"
+    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean", "value"] = "log_ratio_sum"
     to: str = "base"
     beta: Scalar = 0.1
     label: str = "label"
@@ -656,7 +660,7 @@ class Pointwise:
     @property
     def formula(self) -> str:
         part = f"log(pi/pi_{self.to})" if self.score.startswith("log_ratio") else "log pi"
-        beta, score = number(self.beta), f"{self.score.rsplit('_', 1)[1]} {part}"
+        beta, score = number(self.beta), "value" if self.score == "value" else f"{self.score.rsplit('_', 1)[1]} {part}"
         if self.f == "squared":
             return f"(-f'(s)) [f = (s - (y - 1/2)/{beta})^2, s = {score}, y = {self.label}]"
         weights = "" if (self.good, self.bad) == (1.0, 1.0) else f", good {number(self.good)}, bad {number(self.bad)}"
@@ -739,7 +743,7 @@ class Listwise:
     """
 
     f: Literal["softmax", "reverse_kl", "noise_contrastive"] = "softmax"
-    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean"] = "log_ratio_sum"
+    score: Literal["log_ratio_sum", "log_ratio_mean", "logp_sum", "logp_mean", "value"] = "log_ratio_sum"
     to: str = "base"
     beta: Scalar = 0.1
     of: str = "reward"
@@ -771,7 +775,7 @@ class Listwise:
         f = {"softmax": "-sum q log p", "reverse_kl": "KL(p || q)", "noise_contrastive": "-sum (q log sigmoid(r) + log sigmoid(-r)/K)"}[
             self.f
         ]
-        r = f"{number(self.beta)} {self.score.rsplit('_', 1)[1]} {part}"
+        r = f"{number(self.beta)} " + ("value" if self.score == "value" else f"{self.score.rsplit('_', 1)[1]} {part}")
         return f"(-f'(s)) [f = {f}, p = softmax(r), r = {r}, q = softmax({self.of}/{self.temperature:g}), over the {self._unit}]"
 
     @property

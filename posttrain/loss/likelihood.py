@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from posttrain.loss.view import LEVELS, Level, TokenView
+
+PLACES = ("end", "marked", "before")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,37 @@ class Token:
     @property
     def formula(self) -> str:
         return "grad l" if self.temperature == 1.0 else f"grad l(temperature {self.temperature:g})"
+
+    def derivative(self, view: TokenView) -> Tensor:
+        return torch.ones_like(view.logp)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number a scalar head gives at a column, in the place of a log-probability: reward models and critics.
+
+    Equation: ``l[t] = v . h[t] + b`` with ``h`` the last hidden state, so ``f'(l) = 1``; there is no probability and no ratio.
+    Source: reward models, arXiv 2203.02155; critics, arXiv 1707.06347.
+
+    ``at``: which columns are read.  ``end``: behind the last trainable token of every sequence; ``marked``: behind every trainable token (the
+    ends of steps); ``before``: before every trainable token, the value of the state in which it was chosen.
+
+    Wrong when: answers were cut off: the number is read where the cut is, and ``end`` cannot tell.
+    """
+
+    at: Literal["end", "marked", "before"] = "end"
+    ratio = "token"
+    temperature = 1.0
+    head = "scalar"
+
+    def __post_init__(self) -> None:
+        if self.at not in PLACES:
+            raise ValueError(f"likelihood.Score: at={self.at!r} does not exist; choose from {', '.join(PLACES)}")
+
+    @property
+    def formula(self) -> str:
+        where = {"end": "the end", "marked": "marked tokens", "before": "every state"}[self.at]
+        return f"grad r(at {where})"
 
     def derivative(self, view: TokenView) -> Tensor:
         return torch.ones_like(view.logp)

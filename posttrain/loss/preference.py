@@ -13,10 +13,11 @@ from posttrain.mixture.schedule import Scalar
 
 
 def sequence_score(view: TokenView, score: str, to: str, factor: Tensor | None = None) -> Tensor:
-    """``sum`` or ``mean`` over the stream's tokens of the log-ratio to ``to`` or of the log-prob, ``[S]``; ``factor`` ``[N]`` scales tokens."""
+    """``sum`` or ``mean`` over the stream's tokens of the log-ratio to ``to`` or of the log-prob, ``[S]``; ``factor`` ``[N]`` scales tokens.  ``value``:
+    what a scalar head gives (the sum, where it is read at several places)."""
     each = view.log_ratio(to, level="token") if score.startswith("log_ratio") else view.select(view.logp)
     each = each if factor is None else each * factor
-    return view.seq_sum(each) if score.endswith("_sum") else view.seq_mean(each)
+    return view.seq_mean(each) if score.endswith("_mean") else view.seq_sum(each)
 
 
 def pair_difference(view: TokenView, per_sequence: Tensor) -> Tensor:
@@ -110,6 +111,8 @@ def check_beta(what: str, beta: Scalar, score: str, comparable: bool) -> None:
 def check_stream(what: str, score: str, stream: Any, both_sides: bool = False) -> None:
     """Refuse an aggregation that divides by the answer's length where the score does not, or the other way round: the gradient would be that
     of no objective.  ``both_sides``: the term compares answers, so a stream of one side is refused too."""
+    if (score == "value") != (getattr(stream.likelihood, "head", "lm") == "scalar"):
+        raise ValueError(f"{what}: score={score}: score=value is what a scalar head gives, and all that it gives; set the stream's likelihood to Score, or the score")
     name, mean = type(stream.aggregation).__name__, score.endswith("_mean")
     if mean and isinstance(stream.aggregation, (PairSum, SequenceMeanTokenSum)):
         raise ValueError(f"{what}: score={score} is a mean over tokens, but {name} sums over them; use PairTokenMean or SequenceMeanTokenMean")

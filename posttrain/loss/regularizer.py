@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from posttrain.loss.preference import pair_difference, require_pairs
 from posttrain.loss.reference import number
 from posttrain.loss.view import Metrics, TokenView
 from posttrain.mixture.schedule import Scalar
@@ -239,6 +240,48 @@ class Entropy:
     @property
     def formula(self) -> str:
         return f"-{number(self.coef)} * H(pi)"
+
+
+@dataclass(frozen=True)
+class PairCentre:
+    """Keep the two numbers of a pair around 0: a reward model's offset is free otherwise.
+
+    Equation: ``P = (r_chosen + r_rejected)**2``, derivative ``2 (r_chosen + r_rejected)`` on both sides.
+    Source: arXiv 2312.09244.
+
+    ``coef``: a number or a schedule; 0.01 is usual.
+
+    Wrong when: rewards are meant to carry an offset of their own.
+    """
+
+    coef: Scalar = 0.01
+    streams: Streams = None
+    aggregation: Any = None
+    coupling = "group"
+    live = True
+    head = "scalar"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "streams", _names(self.streams))
+
+    @property
+    def formula(self) -> str:
+        return f"{number(self.coef)} * (r_chosen + r_rejected)^2"
+
+    def gradient(self, view: TokenView) -> Tensor:
+        return view.spread(2.0 * self._sum(view))
+
+    def penalty(self, view: TokenView) -> Tensor:
+        """Once per pair, spread over all its columns."""
+        sides = view.code_count(view.batch.pair, view.seq_len() > 0).clamp(min=1)
+        return view.spread(self._sum(view) ** 2 / sides / view.seq_len().clamp(min=1))
+
+    def value(self, view: TokenView) -> Tensor:
+        return view.spread(self._sum(view) ** 2)
+
+    def _sum(self, view: TokenView) -> Tensor:
+        require_pairs(view, "regulariser PairCentre")
+        return pair_difference(view, view.seq_sum(view.select(view.logp)) * view.batch.side)
 
 
 def _names(streams: Any) -> Streams:

@@ -34,7 +34,8 @@ class Term(Protocol):
     ``live``: whether those numbers can be known only when the weights are formed: they read the *current* log-probabilities, or count over
     a group or the batch.  Live and coupled wider than a sequence means: keep the set whole, or take two passes. ``needs``: reference
     columns it reads.  ``formula``: its factor as text, for ``posttrain explain``.  ``contexts``: scoring contexts whose rows it reads beside
-    the stream's own (``TokenView.beside``).  ``remembers``: whether ``remember(view) -> {name: number}`` says what it carries on to the next
+    the stream's own (``TokenView.beside``).  ``head``: ``scalar`` where it reads the number of a scalar head.
+    ``remembers``: whether ``remember(view) -> {name: number}`` says what it carries on to the next
     step, read back with ``TokenView.recall``; such a term is live and coupled over the batch.  ``fits(stream)`` (optional) raises ``ValueError`` when the other
     terms of its stream contradict it.
     """
@@ -88,7 +89,7 @@ class Regularizer(Protocol):
 
 def declared(term: Any, name: str) -> Any:
     """A term's declaration, or its default: coupling ``token``, not live, no reference columns, no other contexts."""
-    defaults = {"coupling": "token", "live": False, "needs": frozenset(), "column": None, "contexts": frozenset(), "remembers": False}
+    defaults = {"coupling": "token", "live": False, "needs": frozenset(), "column": None, "contexts": frozenset(), "remembers": False, "head": "lm"}
     return getattr(term, name, defaults[name])
 
 
@@ -123,7 +124,8 @@ class Stream:
             raise ValueError(f"stream source {unknown[0]!r} does not exist; choose from {', '.join(Source.__members__)}")
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "masks", {k: m for k, m in dict(self.masks).items() if m is not None})
-        for term in self.terms.values():
+        for key, term in self.terms.items():
+            _check_head(self.likelihood, key, term)
             if hasattr(term, "fits"):
                 term.fits(self)
 
@@ -137,7 +139,8 @@ class Stream:
 class Needs:
     """What an objective asks of the run.  ``references``: log-prob columns to fill; ``columns``: differentiable full-vocabulary columns the
     forward must deliver; ``live`` with a coupling wider than ``sequence`` means two passes whenever a coupled set is cut; ``contexts``: rows
-    to be scored beside those that are learnt from."""
+    to be scored beside those that are learnt from; ``head``: what the model answers with, ``lm`` log-probabilities or ``scalar`` one number
+    per column, read ``at`` the columns its likelihood names."""
 
     references: frozenset[str]
     columns: frozenset[str]
@@ -145,6 +148,8 @@ class Needs:
     live: bool
     temperature: float
     contexts: frozenset[str] = frozenset()
+    head: Literal["lm", "scalar"] = "lm"
+    at: str | None = None
 
     @property
     def keep_whole(self) -> str | None:
@@ -181,6 +186,11 @@ class Objective:
             if declared(term, "remembers") and not (declared(term, "coupling") == "batch" and declared(term, "live")):
                 raise ValueError(f"{type(term).__name__} remembers, so it must see whole steps: declare coupling = 'batch' and live = True")
         controls_in(self.controls)  # one name, two settings: an error now, not in the run
+        heads = {(declared(s.likelihood, "head"), getattr(s.likelihood, "at", None)) for s in self.streams.values()}
+        if len(heads) > 1:
+            raise ValueError("all streams share one forward, so one head, read at one place: give all of them the same likelihood.Score, or none")
+        if next(iter(heads))[0] == "scalar" and self.needs.columns:
+            raise ValueError("a scalar head has no probabilities, so no full-vocabulary regulariser can act on it; remove it")
         temperatures = {s.likelihood.temperature for s in self.streams.values()}
         if len(temperatures) > 1:
             raise ValueError(f"all streams share one forward, so one training temperature; these differ: {sorted(temperatures)}")
@@ -190,6 +200,9 @@ class Objective:
         unknown = [name for name in only or () if name not in self.streams]
         if unknown:
             raise ValueError(f"regulariser {key!r} names the stream {unknown[0]!r}; the objective has {', '.join(self.streams)}")
+        for stream_name, stream in self.streams.items():
+            if _applies(term, stream_name):
+                _check_head(stream.likelihood, f"regulariser {key!r}", term)
         if declared(term, "column") is None:
             return
         for name, stream in self.streams.items():
@@ -215,7 +228,9 @@ class Objective:
         coupling = max((declared(t, "coupling") for t in live), key=COUPLINGS.index, default="token")
         temperature = next((s.likelihood.temperature for s in self.streams.values()), 1.0)
         contexts = frozenset().union(*(declared(t, "contexts") for t in terms))
-        return Needs(references - {"self"}, columns, coupling, bool(live), temperature, contexts)
+        likelihoods = [s.likelihood for s in self.streams.values()]
+        head, at = declared(likelihoods[0], "head"), getattr(likelihoods[0], "at", None)
+        return Needs(references - {"self"}, columns, coupling, bool(live), temperature, contexts, head, at)
 
     @property
     def remembers(self) -> bool:
@@ -359,7 +374,7 @@ class Objective:
         weight = view.at(stream.coef) * coefficient * view.select(view.batch.weight.to(core.dtype)) * core
         weight = view.select(weight)
         metrics[f"{name}/tokens"] = (float(view.on.sum()), 0.0)
-        metrics[f"{name}/nll"] = _mean(view, -view.logp)
+        metrics |= _level(name, stream, view)
         metrics[f"{name}/advantage_abs"] = _mean(view, advantage.abs())
         metrics[f"{name}/zero_weight"] = (float((view.on & (weight == 0)).sum()), float(view.on.sum()))
         if hasattr(stream.advantage, "metrics"):
@@ -410,13 +425,29 @@ class Objective:
         metrics["loss"] = (float(loss.detach()), 0.0)
         return LossOutput(loss, metrics)
 
-    @staticmethod
-    def _report(views: Mapping[str, TokenView]) -> Metrics:
+    def _report(self, views: Mapping[str, TokenView]) -> Metrics:
         out: Metrics = {}
         for name, view in views.items():
             out[f"{name}/tokens"] = (float(view.on.sum()), 0.0)
-            out[f"{name}/nll"] = _mean(view, -view.logp)
+            out |= _level(name, self.streams[name], view)
         return out
+
+
+def _level(name: str, stream: Stream, view: TokenView) -> Metrics:
+    """Where the stream stands: the mean negative log-likelihood, or the mean of the numbers a scalar head gives."""
+    if declared(stream.likelihood, "head") == "scalar":
+        return {f"{name}/score": _mean(view, view.logp)}
+    return {f"{name}/nll": _mean(view, -view.logp)}
+
+
+def _check_head(likelihood: Any, key: str, term: Any) -> None:
+    """A scalar head has no log-probs, and a language model's no scalar: refuse a term that reads the other's."""
+    scalar, wanted = declared(likelihood, "head") == "scalar", declared(term, "head")
+    if wanted == "scalar" and not scalar:
+        raise ValueError(f"{key}: {type(term).__name__} reads the number of a scalar head; set the stream's likelihood to posttrain.loss.likelihood.Score")
+    compared = sorted(declared(term, "needs") - {"self", "value"})
+    if scalar and compared:
+        raise ValueError(f"{key}: {type(term).__name__} compares with the log-probs {compared[0]!r}, and a scalar head has none; choose another term")
 
 
 def _applies(term: Any, stream: str) -> bool:

@@ -23,6 +23,8 @@ PROBABILITIES = tuple(k / 100 for k in range(1, 100))
 ADVANTAGES = tuple(k / 20 for k in range(-40, 41))
 AT = (0.25, 0.5, 0.75)
 """The probabilities at which the weight is drawn over the advantage."""
+NUMBERS = tuple(x / 4 for x in range(-16, 17))
+"""What a scalar head says."""
 START, SEQUENCES, GROUP = 0.5, 64, 8
 HOW = "one-token answers, every recorded policy at p = 0.5, weights without the aggregation constant, schedules at the start of the run"
 
@@ -63,7 +65,9 @@ def pictures(
 
 def _picture(probe: Probe, probabilities: Sequence[float], advantages: Sequence[float]) -> Picture:
     try:
-        curves = probe.contrast(probabilities)
+        curves = probe.contrast(NUMBERS if probe.scalar else probabilities)
+        if probe.scalar:
+            return Picture(probe.name, (Panel("weight of an answer by the head's number", "number r", curves),), ())
         panels = [Panel("weight of a token by its probability", "probability p", curves)]
         notes = list(probe.notes)
         if curves[0].label.startswith("A ="):
@@ -101,6 +105,11 @@ class Probe:
         return [f"{' and '.join(missing)}: over the whole vocabulary, so not in the picture"] if missing else []
 
     @property
+    def scalar(self) -> bool:
+        """Whether a number is read in the place of a log-probability."""
+        return declared(self.stream.likelihood, "head") == "scalar"
+
+    @property
     def in_pairs(self) -> bool:
         return self.stream.paired is True or self.stream.side is not None
 
@@ -113,13 +122,14 @@ class Probe:
             (i, context) for context in sorted(self.objective.needs.contexts) for i in range(GROUP)
         ]:
             # a column that is no log-probability, such as the entropy, is largest on the token that is moved
-            known = {name: math.log(START) if name != "entropy" else 0.5 if i > 1 else 1.0 for name in columns}
+            start = 0.0 if self.scalar else math.log(START)
+            known = {name: start if name != "entropy" else 0.5 if i > 1 else 1.0 for name in columns}
             rows.append(
                 Row(
                     ids=[0, 1],
                     sources=["prompt", self.stream.source[0]],
-                    logps={name: [math.nan, value] for name, value in {"current": math.log(START), **known}.items()},
-                    advantage=1.0 if i % 2 == 0 else -1.0,
+                    logps={name: [math.nan, value] for name, value in {"current": start, **known}.items()},
+                    advantage=1.0 if i % 2 == 0 else 0.0 if self.scalar else -1.0,
                     group=i // GROUP if context == self.stream.context else None,
                     pair=i // 2 if self.in_pairs else None,
                     side=("chosen", "rejected")[i % 2] if self.in_pairs else None,
@@ -140,7 +150,7 @@ class Probe:
         at = (1 if self.stream.side == "rejected" else 0) if at is None else at
         batch = self.batch
         logp, column = batch.logps["current"].clone(), batch.advantage.clone()
-        logp[at], column[at] = math.log(p), advantage
+        logp[at], column[at] = p if self.scalar else math.log(p), advantage
         rewards = batch.rewards if reward is None else {name: _put(values, at, reward) for name, values in batch.rewards.items()}
         try:
             weights = self.objective.weights(batch.replace(advantage=column, rewards=rewards), logp)
@@ -149,10 +159,12 @@ class Probe:
         return float(weights[at] / self._constants[at]) + 0.0  # no minus zero
 
     def contrast(self, probabilities: Sequence[float]) -> tuple[Curve, ...]:
-        """Two curves for the first of these that the weight depends on: the sign of the advantage, the side in a pair, the reward; else one."""
+        """Two curves for the first of these that the weight depends on: the sign of the advantage (a scalar head's label), the side in a pair, the reward; else one."""
         choices: list[tuple[tuple[str, Callable[[float], float | None]], ...]] = [
             (("A = +1", lambda p: self.weight(p, 1.0)), ("A = -1", lambda p: self.weight(p, -1.0)))
         ]
+        if self.scalar:
+            choices = [(("label or return 1", lambda p: self.weight(p, 1.0)), ("0", lambda p: self.weight(p, 0.0)))]
         if self.in_pairs and self.stream.side is None:
             choices.append((("chosen", lambda p: self.weight(p, at=0)), ("rejected", lambda p: self.weight(p, at=1))))
         choices.append((("reward 1", lambda p: self.weight(p, reward=1.0)), ("reward 0", lambda p: self.weight(p, reward=0.0))))

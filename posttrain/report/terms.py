@@ -17,13 +17,14 @@ from typing import Any
 
 from posttrain import contrib
 from posttrain.advantage import group, pick, shape, step
-from posttrain.loss import Objective, advantage, aggregate, likelihood, load, mask, reference, regularizer
+from posttrain.loss import Objective, advantage, aggregate, likelihood, load, mask, reference, regularizer, value
 from posttrain.paths import CONFIGS
 
 CHAPTERS: tuple[tuple[str, ModuleType], ...] = (
     ("Likelihood", likelihood),
     ("Reference", reference),
     ("Advantage", advantage),
+    ("Advantage of scalar heads", value),
     ("Masks", mask),
     ("Aggregation", aggregate),
     ("Regularisers", regularizer),

@@ -262,6 +262,9 @@ class RewardPool:
         self.budget.load_state_dict(state)
 
     def close(self) -> None:
-        """End all worker processes.  A closed pool starts them again on the next call."""
+        """End all worker processes, and close rewards that have something to close.  A closed pool starts them again on the next call."""
         if self._workers is not None:
             self._workers.close()
+        for reward in self.rewards.values():
+            if hasattr(reward, "close"):
+                reward.close()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from posttrain.loss import advantage, aggregate, likelihood, reference
 from posttrain.loss.unified import COUPLINGS, Objective, Stream, declared
+from posttrain.loss.value import Towards
 from posttrain.loss.view import Metrics, TokenView
 from posttrain.records import Row, TokenBatch
 
@@ -104,7 +105,8 @@ def role_of(term: Any) -> str:
 
 
 def objective_with(term: Any) -> Objective:
-    """A plain objective (ratio to old, advantage column, token mean) with one of its words replaced by ``term``."""
+    """A plain objective (ratio to old, advantage column, token mean; of a scalar head: towards the advantage column) with one of its words replaced by
+    ``term``."""
     words: dict[str, Any] = {
         "likelihood": likelihood.Token(),
         "reference": reference.Named("old"),
@@ -112,6 +114,8 @@ def objective_with(term: Any) -> Objective:
         "aggregation": aggregate.TokenMean(),
     }
     role = role_of(term)
+    if declared(term, "head") == "scalar":
+        words |= {"likelihood": likelihood.Score(), "reference": reference.Current(), "advantage": Towards("squared", None)}
     if role in words:
         words[role] = term
     stream = Stream(source=("policy",), **words, masks={"term": term} if role == "mask" else {})

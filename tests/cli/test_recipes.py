@@ -18,6 +18,8 @@ MORE = {
     "sft": ["data.train.path=x.jsonl"],
     "dpo": ["data.train.path=x.jsonl"],
     "kto": ["data.train.path=x.jsonl"],
+    "ppo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
+    "reward_model": ["data.train.path=x.jsonl"],
     "grpo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
 }
 

@@ -41,7 +41,10 @@ def wrong() -> Objective:
     return Objective({name: replace(stream, aggregation=LocalMean())}, name="a mean of means")
 
 
-def build(folder: Path, stage: int | None, rank: int = 0, world_size: int = 1) -> Any:
+HEADS = ("lm", "scalar")
+
+
+def build(folder: Path, stage: int | None, rank: int = 0, world_size: int = 1, head: str = "lm") -> Any:
     """An engine that reports gradients and never moves: no learning rate, no clipping, and AdamW's running mean is the gradient itself.  ``stage``
     None is plain PyTorch."""
     model = ModelConfig(path=str(folder / "model"), dtype="float32", teacher=str(folder / "teacher"), base=str(folder / "base"))
@@ -53,7 +56,7 @@ def build(folder: Path, stage: int | None, rank: int = 0, world_size: int = 1) -
         from posttrain.learner.torch_engine import TorchEngine as Engine
     else:
         from posttrain.learner.engine import DeepSpeedEngine as Engine
-    return Engine(model, cfg, load("sft"), rank, world_size, 1, seed=3)
+    return Engine(model, cfg, load("sft" if head == "lm" else "reward_model"), rank, world_size, 1, seed=3)
 
 
 def gradient(engine: Any) -> Tensor:
@@ -114,17 +117,21 @@ def main(rank: int, world_size: int, rendezvous: str, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     batches: dict[str, tuple[Objective, TokenBatch]] = torch.load(folder / "batches.pt", weights_only=False)
     for stage in STAGES:
-        engine, found = build(folder, stage, rank, world_size), {}
-        for name, (objective, batch) in batches.items():
-            parts = deal(batch.num_sequences, name, stage, world_size)
-            try:
-                found[name] = learn(engine, objective, batch, parts, rank, world_size)
-            except Exception as error:
-                print(f"rank {rank}, stage {stage}, {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                raise
+        found = {}
+        for head in HEADS:
+            engine = build(folder, stage, rank, world_size, head)
+            for name, (objective, batch) in batches.items():
+                if objective.needs.head != head:
+                    continue
+                parts = deal(batch.num_sequences, name, stage, world_size)
+                try:
+                    found[name] = learn(engine, objective, batch, parts, rank, world_size)
+                except Exception as error:
+                    print(f"rank {rank}, stage {stage}, {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    raise
+            engine.close()
         if rank == 0:
             torch.save(found, folder / f"stage{stage}of{world_size}.pt")
-        engine.close()
     dist.destroy_process_group()
 
 

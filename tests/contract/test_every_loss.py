@@ -57,10 +57,13 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[s
         create_tiny_model(
             folder / part, seed=seed, hidden_size=32, num_heads=1, num_kv_heads=1, num_layers=1, intermediate_size=32, alphabet="abcdefgh"
         )
-    engine = worker.build(folder, None)
-    batches = {name: (CASES[name].load(), recorded(engine, batch_of(name))) for name in LOSSES}
+    engines = {head: worker.build(folder, None, head=head) for head in worker.HEADS}
+    goals = {name: CASES[name].load() for name in LOSSES}
+    batches = {name: (goal, recorded(engines[goal.needs.head], batch_of(name))) for name, goal in goals.items()}
     batches[WRONG] = (worker.wrong(), batches["grpo"][1])
-    truth = {name: worker.learn(engine, goal, b, [list(range(b.num_sequences))], 0, 1) for name, (goal, b) in batches.items()}
+    truth = {
+        name: worker.learn(engines[goal.needs.head], goal, b, [list(range(b.num_sequences))], 0, 1) for name, (goal, b) in batches.items()
+    }
     torch.save(batches, folder / "batches.pt")
     env = {
         **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",

@@ -10,24 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.loss import advantage, aggregate, likelihood, mask, reference, regularizer
+from posttrain.loss import advantage, aggregate, likelihood, mask, reference, regularizer, value
 from posttrain.mixture.schedule import Linear
 from posttrain.testing.check import CheckFailed, check_parity, check_slicing, check_term, example_batch, objective_with, role_of
 
-MODULES: dict[str, ModuleType] = {
-    "likelihood": likelihood,
-    "reference": reference,
-    "advantage": advantage,
-    "mask": mask,
-    "aggregation": aggregate,
-    "regularizer": regularizer,
+MODULES: dict[str, tuple[ModuleType, ...]] = {
+    "likelihood": (likelihood,),
+    "reference": (reference,),
+    "advantage": (advantage, value),
+    "mask": (mask,),
+    "aggregation": (aggregate,),
+    "regularizer": (regularizer,),
 }
 
 
 def term_classes() -> dict[str, type]:
     return {
         f"{role}.{name}": cls
-        for role, module in MODULES.items()
+        for role, modules in MODULES.items()
+        for module in modules
         for name, cls in vars(module).items()
         if inspect.isclass(cls) and cls.__module__ == module.__name__ and not name.startswith("_")
     }
@@ -92,6 +93,8 @@ VARIANTS: dict[str, list[Any]] = {
         advantage.Listwise(of="label", f="reverse_kl", temperature=0.3),
         advantage.Listwise(score="logp_mean", beta=1.0),
     ],
+    "advantage.Towards": [value.Towards("squared", None), value.Towards("squared", "reward"), value.Towards("squared", "label")],
+    "advantage.Return": [value.Return(0.05), value.Return(None), value.Return(Linear(0.1, 0.3))],
     "mask.RatioClip": [mask.RatioClip(level="sequence_geometric"), mask.RatioClip(0.1, Linear(0.2, 0.4), over="old", to="behaviour")],
     "mask.DualClip": [mask.DualClip(1.5, level="sequence")],
     "mask.Cap": [mask.Cap(1.2), mask.Cap(1.2, level="sequence_geometric"), mask.Cap(0.0), mask.Cap(1.2, min=0.8)],
@@ -140,6 +143,9 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "advantage.Pairwise": {"label": ["label"], "gap": ["reward"], "limit": [0.2, 0.5]},
     "advantage.Pointwise": {"label": ["side"]},
     "advantage.Listwise": {"of": ["side", "label"]},
+    "advantage.Return": {"clip": [0.05, 0.5]},
+    "advantage.Towards": {"label": ["reward", None]},
+    "regularizer.PairCentre": {"streams": [()], "aggregation": OTHER_AGGREGATION["aggregation"]},
     "reference.Power": {"most": [0.5]},
     "advantage.LogRatio": {"limit": [0.1]},
     "mask.ProbabilityBand": {"min": [0.3, 0.6], "max": [0.3, 0.6]},

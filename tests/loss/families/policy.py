@@ -349,7 +349,7 @@ def adaptive_kl(seqs: Seqs, coef: float = 0.2) -> Tensor:
 
 
 def gae(
-    seqs: Seqs, gamma: float = 1.0, lam: float = 0.95, coef: float = 0.0, each: bool = False, by_length: float = 0.0, whiten: bool = False
+    seqs: Seqs, gamma: float = 1.0, lam: float = 0.95, coef: float = 0.0, each: bool = False, by_length: float = 0.0, whiten: bool = False, ddof: int = 0
 ) -> Tensor:
     """PPO with the recursion of arXiv 1506.02438, backwards over the tokens that are learnt from."""
     advantage = {}
@@ -361,6 +361,7 @@ def gae(
             ahead = reward + gamma * value - s["value"][t] + gamma * own * ahead
             advantage[id(s), t], value = ahead, s["value"][t]
     mean, std = moments(list(advantage.values())) if whiten else (0.0, 1.0 - 1e-8)
+    std *= math.sqrt(len(advantage) / (len(advantage) - ddof))
     return total([surrogate(s, t, (advantage[id(s), t] - mean) / (std + 1e-8)) for s, t in tokens_of(seqs)]) / len(advantage)
 
 
