@@ -111,8 +111,9 @@ def _stream(name: str, stream: Stream) -> list[str]:
     rows |= {f"mask {k}": m for k, m in stream.masks.items()} or {"mask": None}
     rows |= {"aggregation": stream.aggregation}
     width = max(map(len, rows))
+    meaning = "l = r, the number of a scalar head" if declared(stream.likelihood, "head") == "scalar" else "l = log pi(token)"
     return [
-        f"  {name}: sum over trainable tokens from {', '.join(stream.source)}{which}, l = log pi(token)",
+        f"  {name}: sum over trainable tokens from {', '.join(stream.source)}{which}, {meaning}",
         f"    {_gradient(stream)}",
         *(f"    {label:<{width}}  {_short(term) if term is not None else 'none'}" for label, term in rows.items()),
     ]
@@ -160,7 +161,10 @@ def _needs(objective: Objective) -> list[str]:
     if objective.remembers:
         lines.append("  memory: numbers carried from step to step, and in checkpoints")
     if any(getattr(s.advantage, "reads_column", False) for s in objective.streams.values()):
-        lines.append("  the advantage column: choose advantage=NAME")
+        filled = {"before": "returns, which a run with a critic fills", "marked": "labels of steps: set data.kind=steps"}
+        lines.append(f"  the advantage column: {filled.get(needs.at or '', 'choose advantage=NAME')}")
+    if "value" in needs.references:
+        lines.append("  a critic: choose critic=value")
     whole = needs.keep_whole
     passes = (
         "one pass"
