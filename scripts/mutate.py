@@ -37,11 +37,12 @@ from mutations import Mutant, candidates, draw, scope_of, statement_line, with_p
 
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "scripts" / "mutants_equivalent.txt"
-COPIED = ("posttrain", "kernels", "configs", "recipes", "tests", "pyproject.toml")
-MATHS = ["tests/loss", "tests/contract/test_terms.py", "tests/contract/test_slicing.py", "tests/contract/test_contrib.py"]
+COPIED = ("posttrain", "kernels", "configs", "recipes", "docs", "tests", "pyproject.toml")
+PAGES = ["tests/report/test_terms_doc.py", "tests/report/test_methods_doc.py"]
+MATHS = ["tests/loss", *PAGES, "tests/contract/test_terms.py", "tests/contract/test_slicing.py", "tests/contract/test_contrib.py"]
 TESTS = {
     "posttrain/loss": [*MATHS, "tests/mixture"],
-    "posttrain/advantage": ["tests/advantage", *MATHS],
+    "posttrain/advantage": ["tests/advantage", "tests/mixture/test_edges.py", *MATHS],
     "posttrain/mixture": ["tests/mixture", *MATHS],
 }
 ENOUGH = 0.95

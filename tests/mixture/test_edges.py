@@ -1,0 +1,160 @@
+"""Edges of estimators and gates: ties, samples whose verifier failed, NaN rewards, what is counted, what is handed back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.advantage.group import BatchWhiten, GroupAdvantage
+from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline
+from posttrain.advantage.plain import FreeBaseline
+from posttrain.advantage.shape import TailRisk, TrustMix
+from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, mask, reference
+from posttrain.mixture.demos import Demos
+from posttrain.mixture.gate import Add, InTurn, PassThrough, changes
+from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled
+from posttrain.mixture.route import RightOnly
+from posttrain.mixture.schedule import WarmupCosine
+from posttrain.records import Demo, Group, Prompt, Rollout, Row, Sampling, Score, Segment, Source, TokenBatch
+
+Q = Prompt("q", (1, 2), text="q", answer="4")
+
+
+def group(*rewards: float | None, greedy: int | None = None, prefix: int | None = None, scores: tuple[float, ...] = (), name: str = "q") -> Group:
+    rollouts = []
+    for i, reward in enumerate(rewards):
+        segments: tuple[Segment, ...] = (Segment((5, 6 + i), Source.policy, logprobs=(-1.0, -1.0), version=0),)
+        if i == prefix:
+            segments = (Segment((9,), Source.prefix), *segments)
+        own = {"think": Score(scores[i])} if scores else {}
+        sampling = Sampling(temperature=0.0 if i == greedy else 1.0)
+        rollouts.append(Rollout(f"{name}/{i}", replace(Q, id=name), segments, reward=reward, scores=own, sampling=sampling))
+    return Group(replace(Q, id=name), tuple(rollouts))
+
+
+def demo(ids: tuple[int, ...] = (7, 8), **rewards: float) -> Demo:
+    return Demo("given", (Segment(Q.ids, Source.prompt, trainable=False), Segment(ids, Source.demo)), prompt=Q, rewards=rewards)
+
+
+class First:
+    """Hands out 0, 1, 2, ..."""
+
+    def next(self, count: int) -> list[int]:
+        return list(range(count))
+
+
+def values(one: Any) -> list[float | None]:
+    return [r.advantage for r in one.rollouts]
+
+
+@pytest.mark.parametrize("estimator", [GreedyBaseline(), Extremes(), TrustMix(), BestMinusSecond(), FreeBaseline(), BatchWhiten(), GroupAdvantage(), TailRisk(bundle=1)])
+def test_a_reward_that_is_no_number_is_an_error_everywhere(estimator: Any) -> None:
+    with pytest.raises(ValueError, match="q/1"):
+        estimator([group(1.0, math.nan, 0.0, greedy=0, scores=(1.0, 1.0, 1.0))])
+
+
+def test_who_has_failed_has_no_rank() -> None:
+    """An advantage from before does not make a failed sample the best or the worst."""
+    failed = group(None, 1.0, 0.0)
+    failed = replace(failed, rollouts=(replace(failed.rollouts[0], advantage=9.0), *(replace(r, advantage=r.reward) for r in failed.rollouts[1:])))
+    assert values(Extremes(1, 1)([failed])[0]) == [None, 1.0, 0.0]
+    unweighed = group(1.0, 0.0)
+    assert values(Extremes(1, 0)([replace(unweighed, rollouts=(replace(unweighed.rollouts[0], advantage=2.0), unweighed.rollouts[1]))])[0]) == [2.0, None]
+
+
+def test_one_answer_is_not_compared_with_itself() -> None:
+    assert values(FreeBaseline()([group(1.0)])[0]) == [0.0]
+    assert values(FreeBaseline()([group(1.0, None)])[0]) == [0.0, None]
+    assert values(FreeBaseline()([group(1.0, 0.0, prefix=1)])[0]) == [0.0, -1.0]
+
+
+def test_right_is_above_the_threshold_not_at_it() -> None:
+    """With one answer at 0.5 there is nobody right, so thinking is not rewarded."""
+    (out,) = TrustMix(alpha=1.0)([group(0.5, 0.0, scores=(1.0, 0.0))])
+    assert [r.reward for r in out.rollouts] == [0.5, 0.0]
+    (out,) = TrustMix(alpha=1.0)([group(0.6, 0.5, scores=(1.0, 0.0))])
+    assert [r.reward for r in out.rollouts] == [pytest.approx(1.6), 0.5]
+
+
+def test_a_question_with_a_failed_answer_fills_no_bundle() -> None:
+    risk = TailRisk(bundle=1)
+    out = risk([group(1.0, None, name="a"), group(1.0, 0.0, name="b"), Group(Q, ())])
+    assert values(out[0]) == [None, None] and None not in values(out[1]) and values(out[2]) == []
+
+
+def test_what_is_handed_back_is_a_list_of_its_own() -> None:
+    given: list[Group] = []
+    assert BatchWhiten()(given) == [] and BatchWhiten()(given) is not given
+
+
+def test_right_answers_alone_are_enough() -> None:
+    """A group goes on when the given answer or one of its own is right; with neither it is left out."""
+    demos = Demos([demo()], None)
+    gate = RightOnly()
+    assert gate([group(0.0, 0.0)], demos, 0, 0.0)[0].dropped is None, "the given answer is there"
+    assert gate([group(1.0, 0.0)], Demos([], None), 0, 0.0)[0].dropped is None, "an own answer is right"
+    assert gate([group(0.0, 0.0)], Demos([], None), 0, 0.0)[0].dropped == "nothing_accepted"
+
+
+@pytest.mark.parametrize(("own", "chosen"), [(0.9, "own"), (0.1, "given"), (0.5, None)])
+def test_a_tie_with_the_given_answer_makes_no_pair(own: float, chosen: str | None) -> None:
+    out = GivenAgainstSampled(chosen="better", given="score")([group(own)], Demos([demo(score=0.5)], None), 0, 0.0)
+    pairs = [x for x in out if not isinstance(x, Group)]
+    assert len(pairs) == (chosen is not None)
+    if pairs:
+        assert (pairs[0].chosen.id == "given") == (chosen == "given")
+
+
+def test_only_gates_that_make_pairs_make_pairs() -> None:
+    assert not InTurn({"a": PassThrough(), "b": Add(1)}).makes_pairs and InTurn({"a": PassThrough(), "b": BestWorst()}).makes_pairs
+
+
+def test_what_a_gate_did_leaves_out_what_was_out_before() -> None:
+    was_out, stays, goes = replace(group(1.0), dropped="before"), group(1.0), group(0.0)
+    found = changes([was_out, stays, goes], [was_out, stays, replace(goes, dropped="now")])
+    assert found["mixture/groups_left_out"] == 1.0
+    assert changes([was_out, stays], [was_out, stays])["mixture/groups_left_out"] == 0.0
+
+
+def test_beyond_the_decay_another_value_may_stand() -> None:
+    """Peak at the end of warm-up, valley at the end of the decay, and only behind it what comes after."""
+    plan = WarmupCosine(peak=1.0, valley=0.1, warmup=2, decay=4, steps=10, after=0.7)
+    assert [plan(s / 10) for s in (0, 1, 2, 6, 6.5, 10)] == pytest.approx([0.0, 0.5, 1.0, 0.1, 0.7, 0.7])
+    assert replace(plan, after=None)(1.0) == pytest.approx(0.1)
+
+
+def batch(advantages: list[float], groups: list[Any], entropy: tuple[float, ...] = ()) -> TokenBatch:
+    rows = [
+        Row(ids=[1, 2], sources=["prompt", "policy"], logps={"current": [math.nan, -1.0], "old": [math.nan, -1.0], "entropy": [math.nan, e]}, advantage=a, group=g)
+        for a, g, e in zip(advantages, groups, entropy or (1.0,) * len(groups), strict=True)
+    ]
+    return TokenBatch.from_sequences(rows, dtype=torch.float64)
+
+
+def objective(own: Any) -> Objective:
+    stream = Stream(("policy",), likelihood.Token(), reference.Current(), advantage.Column(), aggregate.TokenMean("kept"), {"own": own})
+    return Objective({"rollouts": stream})
+
+
+def test_dead_groups_leave_together_and_the_ungrouped_by_themselves() -> None:
+    one = batch([1.0, 0.0, 0.0, 0.0, 2.0, 0.0], ["a", "a", "b", "b", None, None])
+    view = objective(mask.DropDeadGroups()).views(one)["rollouts"]
+    assert mask.DropDeadGroups().factor(view, one.advantage).tolist() == [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_the_top_of_a_step_must_see_the_step() -> None:
+    goal = objective(mask.TopEntropy(0.5))
+    whole = batch([1.0] * 4, ["a", "a", "b", "b"], (0.1, 0.9, 0.2, 0.8))
+    whole = whole.replace(totals=goal.totals(whole))
+    assert (goal.weights(whole) != 0).tolist() == [False, True, False, True]
+    with pytest.raises(ValueError, match=r"mask\.TopEntropy"):
+        goal.weights(whole.take([0, 1]))
+    assert mask._kth_largest(torch.tensor([]), 0.5) == -math.inf
+
+
+def test_the_demonstrations_of_a_step() -> None:
+    assert sum(isinstance(x, Demo) for x in Add()([], Demos([demo()] * 9, First()), 0, 0.0)) == 8
