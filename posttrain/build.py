@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from posttrain.config import ConfigError, RunConfig
 from posttrain.controller import Run
 from posttrain.data.load import load_data
 from posttrain.data.pack import Packer
+from posttrain.data.render import Renderer
 from posttrain.data.sampler import Sampler
 from posttrain.folder import RunFolder
 from posttrain.heldout import HeldOut, sentence
@@ -250,39 +252,88 @@ def trained_on(evaluation: Sequence[Prompt], records: Sequence[Prompt | Demo | P
     return sum(p.ids in known for p in evaluation)
 
 
-def make_rewards(config: RunConfig) -> Any:
-    """The reward stage, or None when the recipe has no reward."""
+def make_rewards(config: RunConfig, policy: Any = None, tokenizer: Any = None, judges: Mapping[str, Any] | None = None) -> Any:
+    """The reward stage, or None when the recipe has no reward.  ``judges``: those of :func:`make_judges`; ``policy``: the engines of the policy, for rewards
+    that ask it."""
     from posttrain.reward.combine import Sum
     from posttrain.reward.pool import RewardPool
+    from posttrain.reward.serve import bind
 
     reward = config.reward
     if not reward.fn:
         return None
+    engines = {name: (pool, renderer) for name, (pool, renderer) in (judges or {}).items()}
+    if policy is not None:
+        engines["policy"] = (policy, Renderer(tokenizer))
     return RewardPool(
-        reward.fn,
+        bind(reward.fn, engines) if engines else reward.fn,
         reward.combine or Sum(reward.weights),
         timeout_s=reward.timeout_s,
         max_concurrency=reward.max_concurrency,
         error_budget=reward.error_budget,
         budget_window=reward.budget_window,
+        routes=reward.routes,
     )
+
+
+def make_judges(config: RunConfig) -> dict[str, tuple[Any, Renderer]]:
+    """Model -> its engines, not started yet, and its renderer, for every frozen model that a reward asks."""
+    from transformers import AutoTokenizer
+
+    from posttrain.reward.serve import frozen, longest
+    from posttrain.rollout.engine import EngineConfig
+    from posttrain.rollout.pool import EnginePool
+
+    rollout, gpu = config.rollout, config.cluster.device == "cuda"
+    out: dict[str, tuple[Any, Renderer]] = {}
+    for path, asked in frozen(config.reward.fn).items():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        renderer = Renderer(tokenizer)
+        engine = EngineConfig(
+            model=path,
+            dtype=next((j.dtype for j in asked if j.dtype), None) or rollout.dtype or config.model.dtype,
+            seed=config.seed,
+            device=config.cluster.device,
+            max_model_len=longest(asked, renderer, config.data.max_prompt_tokens, max(rollout.max_tokens, config.eval.max_tokens or 0)),
+            max_num_seqs=rollout.max_num_seqs,
+            kv_cache_gb=rollout.kv_cache_gb,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            enforce_eager=rollout.enforce_eager,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        pool = EnginePool(
+            engine,
+            partial(tokenizer.decode, skip_special_tokens=True),
+            num_engines=max(j.num_engines for j in asked),
+            run_seed=config.seed,
+            timeout_s=rollout.timeout_s,
+            start_timeout_s=config.cluster.start_timeout_s,
+            num_cpus=0.0,
+            num_gpus=config.cluster.gpus_per_engine if gpu else 0.0,
+        )
+        out[path] = (pool, renderer)
+    return out
 
 
 def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
     """The engines, not started yet."""
+    from posttrain.reward.judge import POLICY
+    from posttrain.reward.serve import judges, longest
     from posttrain.rollout.engine import EngineConfig
     from posttrain.rollout.pool import EnginePool
 
     rollout, gpu = config.rollout, config.cluster.device == "cuda"
     assert config.model.path is not None
     prefix = config.data.max_length if getattr(rollout.strategy, "needs_demos", False) else 0
-    longest = config.data.max_prompt_tokens + prefix + max(rollout.max_tokens, config.eval.max_tokens or 0)
+    answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
+    judging = [j for j in judges(config.reward.fn).values() if j.model == POLICY]
+    question = longest(judging, Renderer(tokenizer), config.data.max_prompt_tokens, answer) if judging else 0
     engine = EngineConfig(
         model=config.model.path,
         dtype=rollout.dtype or config.model.dtype,
         seed=config.seed,
         device=config.cluster.device,
-        max_model_len=rollout.max_model_len or longest + 1,
+        max_model_len=rollout.max_model_len or max(config.data.max_prompt_tokens + prefix + answer + 1, question),
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_gb=rollout.kv_cache_gb,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -334,13 +385,14 @@ def prepare_evaluation(config: RunConfig, scratch: Path) -> tuple[RunConfig, Any
 
 async def evaluate_once(config: RunConfig, tokenizer: Any, prompts: Sequence[Any]) -> str:
     """Held-out accuracy of ``model.path``, as a sentence."""
-    pool, reward = make_pool(config, tokenizer), make_rewards(config)
+    pool, judges = make_pool(config, tokenizer), make_judges(config)
+    reward = make_rewards(config, pool, tokenizer, judges)
     try:
         sampling = sampling_of(config, evaluation=True)
         report = await HeldOut(config.eval, pool, reward, prompts, sampling, config.steps, print).measure()
     finally:
-        pool.close()
-        reward.close()
+        for stage in (pool, reward, *(engines for engines, _ in judges.values())):
+            stage.close()
     lines = [f"accuracy {sentence(report)}, {config.eval.n} answer{'s' * (config.eval.n > 1)} each at temperature {config.eval.temperature:g}"]
     lines += [f"  level {level}: {sentence({'failed': 0, **part})}" for level, part in report["by_level"].items()]
     return "\n".join(lines)
@@ -421,15 +473,17 @@ async def open_stage(
         for key, asks in (("mixture.gate", gate.gate.uses_demos), ("rollout.strategy", getattr(config.rollout.strategy, "needs_demos", False))):
             if asks and not demos:
                 raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
-    rewards = make_rewards(config)
     pool = make_pool(config, tokenizer, version=0) if _samples(config) else None
+    judges = make_judges(config) if pool else {}
+    rewards = make_rewards(config, pool, tokenizer, judges)
+    asked = [engines for engines, _ in judges.values()]
     learner = make_learner(config, config.steps * config.learner.updates_per_batch)
     critic = make_critic(config)
-    closing = [stage.close for stage in (learner, critic, pool, rewards) if stage is not None]
+    closing = [stage.close for stage in (learner, critic, pool, rewards, *asked) if stage is not None]
     try:
         with timings.phase("start"):
             console.message(f"starting {'the engines and ' if pool else ''}the learner from {config.model.path}")
-            await together(stage.ready() for stage in (learner, critic, pool) if stage is not None)
+            await together(stage.ready() for stage in (learner, critic, pool, *asked) if stage is not None)
             if found:
                 await learner.load(str(found[1] / "learner"))
                 if critic is not None:

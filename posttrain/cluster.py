@@ -11,6 +11,7 @@ from typing import Any
 
 from posttrain.config import ClusterConfig, ConfigError, RunConfig
 from posttrain.paths import OWN_CODE
+from posttrain.reward.serve import num_engines
 
 
 def demand(stages: dict[str, RunConfig]) -> float:
@@ -21,6 +22,7 @@ def demand(stages: dict[str, RunConfig]) -> float:
             engines = config.rollout.num_engines if _samples(config) else 0
             shares = config.cluster.gpus_per_engine * config.rollout.tensor_parallel
             judged = sum(getattr(reward, "num_gpus", 0.0) for reward in config.reward.fn.values())
+            judged += num_engines(config.reward.fn) * config.cluster.gpus_per_engine if _samples(config) else 0.0
             models = 1 if config.critic is None else 2
             most = max(most, models * config.learner.world_size * config.cluster.gpus_per_learner + engines * shares + judged)
     return most

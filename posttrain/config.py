@@ -103,11 +103,13 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     """``fn``: name -> function or object; ``weights``: name -> number or schedule (absent means 1); ``combine``: an object, default the
-    weighted sum.  A run stops when more than ``error_budget`` of the verdicts failed over ``budget_window`` steps."""
+    weighted sum.  ``routes``: environment (``Prompt.env``) -> names of the rewards that apply to it; those not named get all.  A run stops when
+    more than ``error_budget`` of the verdicts failed over ``budget_window`` steps."""
 
     fn: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
     combine: Any = None
+    routes: dict[str, list[str]] = field(default_factory=dict)
     timeout_s: float = 30.0
     max_concurrency: int = 32
     error_budget: float = 0.01
@@ -404,6 +406,11 @@ def check(config: RunConfig) -> None:
             not paired or making,
             f"loss {config.loss.name!r} learns from pairs, and nothing makes pairs of the sampled answers: choose mixture=best_worst",
         )
+        comparing = sorted(n for n, r in config.reward.fn.items() if getattr(r, "compares", False))
+        require(
+            not comparing or rollout.n > 1,
+            f"rollout.n={rollout.n}: reward.fn.{comparing[0] if comparing else ''} compares the answers to one prompt; set rollout.n to 2 or more, or its against=reference",
+        )
         given = getattr(config.mixture.gate, "uses_demos", False)
         require(not making or given or rollout.n > 1, f"rollout.n={rollout.n}: the best answer to a prompt needs a worst; set rollout.n to 2 or more")
         limit = rollout.max_model_len
@@ -424,6 +431,11 @@ def check(config: RunConfig) -> None:
     if config.eval.at_start or config.eval.at_end or config.eval.every:
         require(data.eval is not None, "evaluation is asked for but data.eval is not set: give data.eval.path=FILE or eval.at_start=false eval.at_end=false")
         require(bool(config.reward.fn), "evaluation needs a reward to say what is right: choose reward=NAME")
+        alone = sorted(n for n, r in config.reward.fn.items() if getattr(r, "compares", False)) if config.eval.n == 1 else []
+        require(
+            not alone,
+            f"eval.n=1: reward.fn.{''.join(alone[:1])} compares the answers to one prompt; set eval.n to 2 or more, its against=reference, or no evaluation",
+        )
 
 
 def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> None:

@@ -238,6 +238,7 @@ class CompletionsWriter:
             "reward": r.reward,
             "scores": {name: score.value for name, score in r.scores.items()},
             "failed": {name: f"{score.status}: {score.detail}" for name, score in r.scores.items() if score.value is None},
+            "said": {name: score.detail for name, score in r.scores.items() if score.value is not None and score.detail},
             "advantage": r.advantage,
             "version": r.version,
             "finish": r.finish,

@@ -164,6 +164,7 @@ def test_completions_are_one_readable_line_each(tmp_path: Path) -> None:
         "reward": 1.0,
         "scores": {"exact": 1.0},
         "failed": {},
+        "said": {},
         "advantage": 1.5,
         "version": 3,
         "finish": "length",

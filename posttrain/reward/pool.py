@@ -130,7 +130,7 @@ class RewardPool:
         Raises :class:`RewardBudgetError`, and ``ValueError`` when a reward cannot be started or one prompt's group comes in two pieces.
         """
         ids = [group.id for group in groups]
-        if len(set(ids)) < len(ids) and any(s.scope == "group" for s in self.signatures.values()):
+        if len(set(ids)) < len(ids) and (any(s.scope == "group" for s in self.signatures.values()) or any(getattr(r, "compares", False) for r in self.rewards.values())):
             raise ValueError(f"group {Counter(ids).most_common(1)[0][0]!r} comes in pieces, but a group reward needs whole groups")
         flat = [r for group in groups for r in group.rollouts if r.finish not in ("aborted", "env_error")]
         limit = asyncio.Semaphore(self._max_concurrency)

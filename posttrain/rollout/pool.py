@@ -126,6 +126,28 @@ class EnginePool:
             for prompt, job, answer in zip(prompts, jobs, answers, strict=True)
         ]
 
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of given tokens under the engines' weights, ``result[i][t]`` for ``sequences[i][t]``; the first of each sequence has none and is
+        NaN.  Shared out in order over the engines that are up; what a dead one leaves is asked again.  Raises :class:`RolloutError` after the deadline."""
+        await self._any_alive()
+        deadline = time.monotonic() + self.timeout_s
+        found: dict[int, list[float]] = {}
+
+        async def share(member: Member, indices: Sequence[int]) -> None:
+            actor = member.actor
+            try:
+                rows = await self._wait(member, actor.logprobs.remote([tuple(sequences[i]) for i in indices]), "scoring given tokens", deadline)
+                found.update(zip(indices, rows, strict=True))
+            except EngineDied:
+                self._bury(member, actor)
+
+        while missing := [i for i in range(len(sequences)) if i not in found]:
+            await self._any_alive()
+            alive = [m for m in self._members if m.alive]
+            size = -(-len(missing) // len(alive))
+            await together(share(m, part) for k, m in enumerate(alive) if (part := missing[k * size : (k + 1) * size]))
+        return [found[i] for i in range(len(sequences))]
+
     async def publish(self, version: int, buckets: Sequence[Any], fingerprint: Mapping[str, tuple[int, int]] | None = None) -> None:
         """Give every engine the new weights, at once, and keep the references for engines that come back.
 

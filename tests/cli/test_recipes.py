@@ -20,6 +20,7 @@ MORE = {
     "kto": ["data.train.path=x.jsonl"],
     "ppo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
     "reward_model": ["data.train.path=x.jsonl"],
+    "self_rewarding": ["data.train.path=x.jsonl"],
     "grpo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
 }
 
@@ -44,7 +45,8 @@ def test_a_recipe_composes_and_passes(name: str) -> None:
     for config, text in stages.values():
         assert config.name and f"name: {config.name}" in text
         assert config.loss.streams and config.steps > 0
-        assert (config.advantage is None) == (config.rollout.kind == "replay"), "an advantage where, and only where, answers are sampled"
+        pairs = config.rollout.kind == "replay" or getattr(config.mixture.gate, "makes_pairs", False)
+        assert (config.advantage is None) == pairs, "an advantage where, and only where, sampled answers are weighed by it"
 
 
 @pytest.mark.parametrize("name", [n for n in recipes() if n not in ("quickstart",)])
