@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain import checkpoint
 from posttrain.canary import Canaries
-from posttrain.cluster import _samples
+from posttrain.cluster import _evaluates, _samples
 from posttrain.config import ConfigError, RunConfig
 from posttrain.controller import Run
 from posttrain.data.load import load_data
@@ -238,7 +238,7 @@ def load_stage_data(
 
     records, report = load(data.kind, data.train, "data.train")
     say(str(report))
-    evaluation = told("prompts", data.eval, "data.eval")[: config.eval.limit] if data.eval is not None and _samples(config) else []
+    evaluation = told("prompts", data.eval, "data.eval")[: config.eval.limit] if data.eval is not None and _evaluates(config) else []
     demos = told("demos", data.demos, "data.demos") if data.demos is not None else []
     if seen := trained_on(evaluation, [*records, *demos]):
         say(f"{seen} of {len(evaluation)} evaluation prompts are also in the training data: what they measure is not held out")

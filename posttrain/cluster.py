@@ -29,7 +29,11 @@ def demand(stages: dict[str, RunConfig]) -> float:
 
 
 def _samples(config: RunConfig) -> bool:
-    return config.rollout.kind == "vllm" or config.eval.at_start or config.eval.at_end or bool(config.eval.every)
+    return config.rollout.kind == "vllm" or _evaluates(config)
+
+
+def _evaluates(config: RunConfig) -> bool:
+    return config.eval.at_start or config.eval.at_end or bool(config.eval.every)
 
 
 def _without_dashboard() -> None:
@@ -39,6 +43,23 @@ def _without_dashboard() -> None:
 
     if hasattr(utils, "get_dashboard_dependency_error"):
         utils.get_dashboard_dependency_error = lambda: ImportError("the dashboard is not used")
+
+
+def _without_obituaries() -> None:
+    """An actor's death is told by whoever waits for it, with what to change: a page of Ray's own about it is not wanted on the console.  What
+    else Ray has to say (memory that ran out, say) is still shown."""
+    import ray._private.worker as worker
+
+    shown = worker.print_to_stdstream
+    if getattr(shown, "quiet", False):
+        return
+
+    def show(data: Any, *more: Any, **named: Any) -> None:
+        if not any(line.startswith("A worker died or was killed while executing a task") for line in data.get("lines", ())):
+            shown(data, *more, **named)
+
+    show.quiet = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = show
 
 
 def _start(ray: Any, options: dict[str, Any], attempts: int) -> None:
@@ -94,6 +115,7 @@ def session(config: ClusterConfig, gpus_wanted: float = 0.0) -> Iterator[Any]:
         options["job_config"] = ray.job_config.JobConfig(_py_driver_sys_path=list(OWN_CODE))
     if not joined:
         _without_dashboard()
+    _without_obituaries()
     try:
         _start(ray, options, attempts=1 if joined else 4)
     except ConnectionError as error:

@@ -39,7 +39,11 @@ def exit_code(error: BaseException) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """The message for an error: its innermost cause that says what to change, without a stack."""
+    """The message for an error: its innermost cause that says what to change, without a stack; then what was noted on it on the way up."""
+    return "\n  ".join([_said(error), *getattr(error, "__notes__", [])])
+
+
+def _said(error: BaseException) -> str:
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

@@ -5,6 +5,7 @@ Every function raises :class:`ConfigError` (or the data's own :class:`DataError`
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -164,9 +165,16 @@ def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[Run
             raise ConfigError(f"{key}={given}: the folder holds no tokenizer (tokenizer.json); copy it from the model it belongs to")
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise ConfigError(f"model.chat_template={config.model.chat_template}: there is no such file")
+    own_code = ConfigError(
+        f"{key}={given}: the model brings code of its own, which is not run; model.trust_remote_code=true runs it, if you trust whoever wrote it"
+    )
+    if folder is not None and not config.model.trust_remote_code and _names_code(folder / "config.json"):
+        raise own_code
     try:
         return prepare_model(config, scratch, start_from)
     except ConfigError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            raise own_code from error
         if folder is None or folder.exists() or error.__cause__ is None:
             raise
         reason = (str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__])[0]
@@ -175,6 +183,17 @@ def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[Run
         ) from error
     except TypeError as error:
         raise ConfigError(f"model.tiny: {error}") from error
+
+
+def _names_code(path: Path) -> bool:
+    """Whether a model's settings name classes of its own and an architecture that the library does not have."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False  # a folder without one, or a damaged one, has a message of its own
+    return "AutoConfig" in settings.get("auto_map", {}) and settings.get("model_type") not in CONFIG_MAPPING
 
 
 def _head(data: DataConfig, limit: int) -> DataConfig:

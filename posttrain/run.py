@@ -7,6 +7,7 @@ The loop itself is ``controller.py``; this file opens the run folder, starts the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -48,12 +49,21 @@ def launch(stages: dict[str, tuple[RunConfig, str]], composed: str, command: Seq
             asyncio.run(_stages(stages, folder, summary, resumed))
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        (folder.root / "error.txt").write_text("".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):  # on a full disk the error itself matters more
+            (folder.root / "error.txt").write_text("".join(traceback.format_exception(error)))
+        if isinstance(error, Exception) and "resume=auto" not in str(error) and (kept := _newest(folder, stages)):
+            error.add_note(f"the same command with run_dir={folder.root} resume=auto goes on from {kept}")
         raise
     finally:
         summary.write(reason)
     summary.print_closing()
     return 0
+
+
+def _newest(folder: RunFolder, stages: Sequence[str] | dict[str, Any]) -> Path | None:
+    """The newest whole checkpoint of the last stage that has one."""
+    found = (checkpoint.newest(folder.of("checkpoints", name)) for name in reversed(list(stages)))
+    return next((path for one in found if one for path in one[1:]), None)
 
 
 def _compare(folder: RunFolder, stages: dict[str, tuple[RunConfig, str]]) -> None:

@@ -98,6 +98,15 @@ def test_evaluation_prompts_that_are_trained_on_are_told_whatever_their_ids(
     assert any("1 of 2 evaluation prompts are also in the training data" in line for line in said)
 
 
+def test_held_out_data_that_nobody_asks_for_is_not_read(tokenizer: Any, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"prompt": "a", "answer": "b"}) + "\n")
+    data = DataConfig(train={"path": str(train)}, eval={"path": str(tmp_path / "not_there.jsonl")})
+    assert load_stage_data(RunConfig(loss=None, data=data), tokenizer)[2] == []
+    with pytest.raises(ValueError, match=r"not_there"):
+        load_stage_data(RunConfig(loss=None, data=data, eval=EvalConfig(every=1)), tokenizer)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_fingerprints_are_compared_when_asked(verify: bool) -> None:
     class Learner:

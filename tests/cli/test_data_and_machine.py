@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
 import re
 import shutil
 import socket
@@ -132,6 +133,18 @@ def test_a_model_that_does_not_exist(fails: Fails, model: Path, tmp_path: Path) 
     assert "the folder holds no tokenizer (tokenizer.json)" in fails(*given, f"model.path={tmp_path / 'mute'}")
 
 
+def test_code_of_a_model_is_not_run(fails: Fails, model: Path, rows: Rows, tmp_path: Path) -> None:
+    copy = tmp_path / "evil"
+    shutil.copytree(model, copy)
+    settings = json.loads((copy / "config.json").read_text()) | {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (copy / "config.json").write_text(json.dumps(settings))
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nfrom transformers import Qwen3Config as Config\n")
+    data = rows({"prompt": "a", "completion": "b"})
+    message = fails("train", "recipe=sft", f"model.path={copy}", f"data.train.path={data}")
+    assert message.startswith(f"model.path={copy}: the model brings code of its own, which is not run; model.trust_remote_code=true")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_name_that_the_hub_does_not_know(fails: Fails, posttrain: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
@@ -238,6 +251,22 @@ def test_a_disk_that_is_full_when_a_stage_ends(fails: Fails, monkeypatch: pytest
         message
         == "no space left on the disk: somewhere/file; free some, or set run_dir to another disk; a run goes on with the same command and resume=auto"
     )
+
+
+def test_what_ends_a_run_says_from_where_it_goes_on(posttrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def stages(_: Any, there: Any, *__: Any) -> None:
+        async def fill(folder: Path) -> None:
+            (folder / "weights").write_text("x")
+
+        await checkpoint.write(there.of("checkpoints", "grpo"), 20, fill, {})
+        (there.root / "error.txt").mkdir()  # as on a full disk: what is written beside the error must not hide it
+        raise RuntimeError("the learner died")
+
+    monkeypatch.setattr(cluster, "session", lambda *_: nullcontext())
+    monkeypatch.setattr(runs, "_stages", stages)
+    said = posttrain("train", "recipe=quickstart", "run_dir=mine")
+    assert said.code == 1 and "the learner died" in said.err and "Traceback" not in said.err
+    assert "the same command with run_dir=mine resume=auto goes on from mine/checkpoints/grpo/step_00000020" in said.err
 
 
 def test_a_folder_where_nothing_may_be_written(fails: Fails, tmp_path: Path) -> None:

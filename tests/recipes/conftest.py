@@ -55,6 +55,14 @@ def train(folder: Path, *words: str, **settings: Any) -> Finished:
     return Finished(folder, output)
 
 
+def moved(folder: Path, name: str = "export", within: str = "") -> bool:
+    """The export loads, and none of its weights (whose names hold ``within``) is what the run began with."""
+    from safetensors.torch import load_file
+
+    start, end = (load_file(folder / part / "model.safetensors") for part in ("model", name))
+    return start.keys() == end.keys() and all(bool((start[k] != end[k]).any()) for k in start if within in k)
+
+
 @pytest.fixture(scope="session")
 def gsm8k() -> dict[str, str]:
     """Where GSM8K's files are: ``GSM8K_DIR``, or a ``shared/data`` beside the checkout, or a few rows in the same form."""

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.conftest import SMALL, start, train
+from tests.recipes.conftest import SMALL, moved, start, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
-WORDS = ["recipe=grpo", *SMALL, "data=composition", "reward=world", "data.train.num=64", "rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12"]
+LETTERS = "reward.fn.letters._target_=tests.recipes.rewards.letters"
+WORDS = ["recipe=grpo", *SMALL, "data=composition", "reward=none", LETTERS, "data.train.num=64", "rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12"]
 RUN = [*WORDS, "steps=6", "checkpoint.every=1", "checkpoint.keep=3", "learner.lr=1e-3", "eval.every=3", "eval.limit=4", "resume=auto"]
 
 
@@ -67,6 +68,7 @@ def test_a_killed_run_becomes_the_uninterrupted_one(tmp_path: Path) -> None:
     resumed = train(tmp_path / "cut", *RUN)
     assert "passed over" in resumed.output and "goes on after step" in resumed.output
 
+    assert all(row["learner/grad_norm"] > 0 for row in whole.rows) and moved(whole.folder), "a run that learns nothing proves nothing here"
     exports = [(run.folder / "export" / "model.safetensors").read_bytes() for run in (whole, resumed)]
     assert exports[0] == exports[1], "the weights differ"
     last = {run.folder: {row["step"]: numbers(row) for row in run.rows} for run in (whole, resumed)}
