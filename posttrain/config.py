@@ -351,8 +351,25 @@ def check(config: RunConfig) -> None:
         ("learner.world_size", learner.world_size, 1),
         ("learner.updates_per_batch", learner.updates_per_batch, 1),
         ("learner.micro_batch_tokens", learner.micro_batch_tokens, 2),
+        ("learner.warmup_steps", learner.warmup_steps, 0),
+        ("rollout.max_tokens", rollout.max_tokens, 1),
+        ("rollout.tensor_parallel", rollout.tensor_parallel, 1),
+        ("data.max_prompt_tokens", data.max_prompt_tokens, 1),
+        ("data.max_length", data.max_length, 2),
+        ("reward.max_concurrency", config.reward.max_concurrency, 1),
+        ("eval.limit", config.eval.limit, 1),
+        ("eval.n", config.eval.n, 1),
+        ("eval.every", config.eval.every, 0),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("checkpoint.keep", config.checkpoint.keep, 0),
+        ("model.lora.r", config.model.lora.r if config.model.lora else 1, 1),
     ):
         require(value >= least, f"{path}={value} must be at least {least}")
+    for path, value in (("reward.timeout_s", config.reward.timeout_s), ("rollout.timeout_s", rollout.timeout_s), ("learner.timeout_s", learner.timeout_s)):
+        require(value > 0, f"{path}={value:g} must be above 0 seconds")
+    require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p:g} must be above 0 and at most 1; 1 keeps every token")
+    require(config.eval.temperature >= 0, f"eval.temperature={config.eval.temperature:g} must be at least 0; 0 takes the likeliest token")
+    require(config.resume in ("never", "auto"), f"resume={config.resume!r}; choose never or auto (with run_dir=FOLDER for a particular run)")
     require(config.model.path is not None or config.model.tiny is not None, "model.path is not set: give model.path=FOLDER_OR_ID, or model=tiny")
     require(data.train is not None, "data.train is not set: give data.train.path=FILE, or choose data=NAME")
     require(learner.zero_stage in (0, 1, 2, 3), f"learner.zero_stage={learner.zero_stage}; choose 0, 1, 2 or 3")

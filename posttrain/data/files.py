@@ -1,4 +1,4 @@
-"""Where rows come from: a local file (JSONL, JSON, Parquet), a folder of them, a Hugging Face data set id, or any object with ``rows()``.
+"""Where rows come from: a local file (JSONL, JSON, Parquet), a folder of them, a saved or named Hugging Face data set, or any object with ``rows()``.
 
 Nothing here executes code from a data set: dataset scripts are never run, and files are parsed, not unpickled.
 """
@@ -14,6 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 Record = Mapping[str, Any]
 SKIP = "__skip__"
 """An adapter that leaves a row out yields ``{SKIP: reason}`` in its place, so that it is counted."""
+SAVED = ("state.json", "dataset_dict.json")
+"""What the datasets library leaves beside the data of a set it has saved to disk."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
@@ -31,12 +33,14 @@ class Rows(Protocol):
 def read_rows(source: str | Path | Rows | Iterable[Record], *, split: str = "train", subset: str | None = None) -> Iterator[Record]:
     """Rows of a source, in order.
 
-    ``source``: a file, a folder (its data files in name order), a Hugging Face id (``split`` and ``subset`` choose the part), an object
+    ``source``: a file, a folder (its data files in name order, or a data set saved there by ``save_to_disk``), a Hugging Face id (``split`` and ``subset`` choose the part), an object
     with ``rows()``, or a plain iterable of mappings.  Raises :class:`DataError` for anything missing or unreadable, with file and line.
     """
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
-        if path.is_dir():
+        if path.is_dir() and any((path / mark).exists() for mark in SAVED):
+            yield from _read_saved(path, split)
+        elif path.is_dir():
             files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
             if not files:
                 raise DataError(f"{path} holds no data file; expected one of {', '.join(SUFFIXES)}")
@@ -130,6 +134,24 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _read_saved(path: Path, split: str) -> Iterator[Record]:
+    """A data set that ``save_to_disk`` wrote; of several splits, the named one."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{path} was written by the datasets package and needs it to be read; pip install datasets") from None
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # Arrow, JSON and file errors of many types
+        raise DataError(f"{path}: cannot be read as a saved data set ({type(error).__name__}: {str(error).splitlines()[0]:.200})") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"{path} has no split {split!r}; it has {', '.join(loaded)}: set split=NAME")
+        loaded = loaded[split]
+    for row in loaded:
+        yield dict(row)
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Record]:

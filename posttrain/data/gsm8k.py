@@ -68,7 +68,8 @@ class Gsm8kPairs:
             ]
             if not sampled:
                 raise DataError(
-                    f"row {number} has no solutions; expected columns like {{is_correct: true, solution: text}}, found: {', '.join(row)}"
+                    f"row {number} has no solutions; expected columns like {{is_correct: true, solution: text}}, found: {', '.join(row)}; "
+                    "for rows of another form set adapter=null"
                 )
             good, bad = (list(dict.fromkeys(self._clean(text) for ok, text in sampled if bool(ok) is side)) for side in (True, False))
             count = min(self.max_pairs, max(len(good), len(bad)) if self.reuse else min(len(good), len(bad))) if good and bad else 0
@@ -91,7 +92,7 @@ class Gsm8kPairs:
 def _need(row: Record, number: int, names: tuple[str, ...]) -> None:
     missing: list[Any] = [name for name in names if name not in row]
     if missing:
-        raise DataError(f"row {number} is not a GSM8K row: no column {missing[0]!r}; it has: {', '.join(row)}")
+        raise DataError(f"row {number} is not a GSM8K row: no column {missing[0]!r}; it has: {', '.join(row)}; for rows of another form set adapter=null")
 
 
 ADAPTERS = {"gsm8k": Gsm8k, "gsm8k_pairs": Gsm8kPairs, "pair_judgements": PairJudgements, "step_judgements": StepJudgements}

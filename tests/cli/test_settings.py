@@ -55,6 +55,11 @@ def test_an_unknown_key_is_named_with_its_nearest(fails: Fails, word: str, messa
         ("data.train.num=many", r"data.train.num='many' must be a whole number, not str"),
         ("model.tiny.hidden_size=wide", r"model.tiny.hidden_size='wide' must be a whole number"),
         ("model.tiny.hidden_size=100", r"hidden_size / num_heads is 25; it must be a multiple of 32"),
+        ("rollout.max_tokens=0", r"rollout.max_tokens=0 must be at least 1"),
+        ("reward.timeout_s=-1", r"reward.timeout_s=-1 must be above 0 seconds"),
+        ("rollout.top_p=0", r"rollout.top_p=0 must be above 0 and at most 1"),
+        ("model.lora.r=0", r"model.lora.r=0 must be at least 1"),
+        ("resume=always", r"resume='always'; choose never or auto"),
         ("reward.fn.mine=5", r"reward.fn.mine=5 is not a reward; give reward.fn.mine._target_=module.function"),
     ],
 )

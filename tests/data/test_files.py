@@ -36,6 +36,21 @@ def test_formats(tmp_path, name):
     assert list(read_rows(tmp_path)) == ROWS, "a folder is its files"
 
 
+def test_a_data_set_saved_by_its_library(tmp_path):
+    import datasets
+
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=one.select([1])).save_to_disk(tmp_path / "splits")
+    assert list(read_rows(tmp_path / "one")) == list(read_rows(str(tmp_path / "splits"))) == ROWS
+    assert list(read_rows(tmp_path / "splits", split="test")) == ROWS[1:]
+    with pytest.raises(DataError, match=r"no split 'dev'; it has train, test"):
+        list(read_rows(tmp_path / "splits", split="dev"))
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"torn")
+    with pytest.raises(DataError, match="cannot be read as a saved data set"):
+        list(read_rows(tmp_path / "one"))
+
+
 def test_objects_with_rows_and_plain_lists():
     class World:
         def rows(self):
