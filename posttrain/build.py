@@ -264,7 +264,7 @@ def make_rewards(config: RunConfig, policy: Any = None, tokenizer: Any = None, j
         return None
     engines = {name: (pool, renderer) for name, (pool, renderer) in (judges or {}).items()}
     if policy is not None:
-        engines["policy"] = (policy, Renderer(tokenizer))
+        engines["policy"] = (getattr(policy, "pool", policy), Renderer(tokenizer))  # a judge is asked once, whoever plays episodes
     return RewardPool(
         bind(reward.fn, engines) if engines else reward.fn,
         reward.combine or Sum(reward.weights),
@@ -316,7 +316,7 @@ def make_judges(config: RunConfig) -> dict[str, tuple[Any, Renderer]]:
 
 
 def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
-    """The engines, not started yet."""
+    """The engines, not started yet; with an environment they play whole episodes."""
     from posttrain.reward.judge import POLICY
     from posttrain.reward.serve import judges, longest
     from posttrain.rollout.engine import EngineConfig
@@ -328,12 +328,19 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
     answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
     judging = [j for j in judges(config.reward.fn).values() if j.model == POLICY]
     question = longest(judging, Renderer(tokenizer), config.data.max_prompt_tokens, answer) if judging else 0
+    played = config.data.max_prompt_tokens + prefix + answer
+    if rollout.environment is not None:
+        from posttrain.rollout.environment import check_environment
+        from posttrain.rollout.environment import longest as episode
+
+        check_environment(rollout.environment)
+        played = episode(rollout.environment, config.data.max_prompt_tokens, answer)
     engine = EngineConfig(
         model=config.model.path,
         dtype=rollout.dtype or config.model.dtype,
         seed=config.seed,
         device=config.cluster.device,
-        max_model_len=rollout.max_model_len or max(config.data.max_prompt_tokens + prefix + answer + 1, question),
+        max_model_len=rollout.max_model_len or max(played + 1, question),
         max_num_seqs=rollout.max_num_seqs,
         kv_cache_gb=rollout.kv_cache_gb,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -342,7 +349,7 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
         trust_remote_code=config.model.trust_remote_code,
         version=version,
     )
-    return EnginePool(
+    pool = EnginePool(
         engine,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         num_engines=rollout.num_engines,
@@ -352,6 +359,12 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
         num_cpus=0.0,
         num_gpus=config.cluster.gpus_per_engine if gpu else 0.0,
     )
+    if rollout.environment is None:
+        return pool
+    from posttrain.rollout.environment import Playing
+
+    assert engine.max_model_len is not None
+    return Playing(pool, rollout.environment, Renderer(tokenizer), engine.max_model_len - 1, config.seed)
 
 
 def sampling_of(config: RunConfig, evaluation: bool = False) -> Sampling:

@@ -77,7 +77,8 @@ class DataConfig:
 @dataclass
 class RolloutConfig:
     """How answers are sampled.  ``kind=replay`` takes the data set as it is; ``vllm`` samples ``n`` answers to each of ``prompts_per_step``
-    prompts.  ``dtype`` null means the model's.  ``kv_cache_gb`` is the CPU engine's cache; ``gpu_memory_utilization`` the GPU engine's."""
+    prompts.  ``environment`` answers what was said, and the model goes on; null is a single turn.
+    ``dtype`` null means the model's.  ``kv_cache_gb`` is the CPU engine's cache; ``gpu_memory_utilization`` the GPU engine's."""
 
     kind: Literal["vllm", "replay"] = "vllm"
     num_engines: int = 1
@@ -97,6 +98,7 @@ class RolloutConfig:
     tensor_parallel: int = 1
     max_staleness: int = 0
     strategy: Any = None
+    environment: Any = None
     timeout_s: float = 1800.0
 
 
@@ -410,7 +412,8 @@ def check(config: RunConfig) -> None:
         require(bool(config.reward.fn), "rollout.kind=vllm needs a reward: choose reward=NAME or set reward.fn.NAME._target_=module.function")
         making = getattr(config.mixture.gate, "makes_pairs", False)
         require(config.advantage is not None or making, "rollouts need an advantage: choose advantage=group_norm (or another file of configs/advantage)")
-        require("policy" in sources, f"loss {config.loss.name!r} has no stream for sampled tokens; choose another loss or set rollout=replay")
+        rewriting = getattr(config.mixture.gate, "makes_demos", False)
+        require("policy" in sources or rewriting, f"loss {config.loss.name!r} has no stream for sampled tokens; choose another loss or set rollout=replay")
         require(
             abs(needs.temperature - rollout.temperature) < 1e-9 or all(_imitates(s) for s in config.loss.streams.values()),
             f"the loss scores tokens at temperature {needs.temperature} but they are sampled at {rollout.temperature}; set the likelihood's "
@@ -431,6 +434,8 @@ def check(config: RunConfig) -> None:
         given = getattr(config.mixture.gate, "uses_demos", False)
         require(not making or given or rollout.n > 1, f"rollout.n={rollout.n}: the best answer to a prompt needs a worst; set rollout.n to 2 or more")
         limit = rollout.max_model_len
+        prefixed = getattr(rollout.strategy, "needs_demos", False)
+        require(not (rollout.environment and prefixed), "rollout.environment and a strategy with prefixes do not go together: set one of them to null")
         require(
             limit is None or data.max_prompt_tokens + rollout.max_tokens <= limit,
             f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",

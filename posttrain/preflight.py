@@ -235,6 +235,20 @@ def context(config: RunConfig, records: list[Any]) -> None:
     if cluster._samples(config):
         answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
         asked = rollout.max_model_len or data.max_prompt_tokens + answer + 1
+        if rollout.environment is not None:
+            from posttrain.rollout.environment import check_environment, longest
+
+            try:
+                check_environment(rollout.environment)
+            except ValueError as error:
+                raise ConfigError(f"rollout.environment: {error}") from error
+            asked = rollout.max_model_len or longest(rollout.environment, data.max_prompt_tokens, answer) + 1
+            if asked > limit:
+                raise ConfigError(
+                    f"the model's context is {limit} tokens, but an episode of {rollout.environment.max_turns} answers of {answer} tokens with replies of "
+                    f"{rollout.environment.max_reply_chars} characters may need {asked}; lower rollout.max_tokens or the environment's limits, or set "
+                    "rollout.max_model_len: episodes that do not fit then end early"
+                )
         if asked > limit:
             raise ConfigError(
                 f"the model's context is {limit} tokens, but data.max_prompt_tokens={data.max_prompt_tokens} and answers of {answer} need {asked}; "

@@ -108,7 +108,8 @@ class Score:
 @dataclass(frozen=True)
 class Rollout:
     """One sampled continuation of a prompt.  ``segments`` start after the prompt.  ``reward`` is the combined scalar, ``None`` when a
-    required score failed; ``advantage`` is one number for the sample (per-token advantages come with the critic)."""
+    required score failed; ``advantage`` is one number for the sample (per-token advantages come with the critic).  ``turns``: who said what, when there
+    was more than one turn; ``text`` is then the last answer."""
 
     sample_id: str
     prompt: Prompt
@@ -119,6 +120,7 @@ class Rollout:
     scores: Mapping[str, Score] = field(default_factory=dict)
     reward: float | None = None
     advantage: float | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_tokens(self) -> int:

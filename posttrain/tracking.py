@@ -207,7 +207,7 @@ def open_trackers(
 class CompletionsWriter:
     """``completions/step_NNNNNN.jsonl``: what was sampled, one rollout per line, readable as text.
 
-    A line has ``sample``, ``prompt_id``, ``prompt``, ``completion``, ``answer``, ``reward``, ``scores`` (value per reward, null where the verdict
+    A line has ``sample``, ``prompt_id``, ``prompt``, ``completion`` (``turns`` beside it when there were several), ``answer``, ``reward``, ``scores`` (value per reward, null where the verdict
     failed), ``failed`` (status per failed reward), ``advantage``, ``version`` (oldest weights), ``finish`` and ``tokens``; with ``with_ids`` also
     ``prompt_ids``, ``ids`` and ``logprobs`` exactly as sampled.
     """
@@ -234,6 +234,7 @@ class CompletionsWriter:
             "prompt_id": r.prompt.id,
             "prompt": r.prompt.text,
             "completion": r.text,
+            **({"turns": [{"role": role, "content": text} for role, text in r.turns]} if len(r.turns) > 1 else {}),
             "answer": r.prompt.answer,
             "reward": r.reward,
             "scores": {name: score.value for name, score in r.scores.items()},

@@ -29,6 +29,8 @@ from posttrain.data.template import (
 )
 from posttrain.records import Segment, Source
 
+PLACE = "this-is-the-answer"
+"""Stands for an answer that was sampled, and is never tokenised."""
 LossOn = Literal["assistant", "last_turn", "completion"]
 Text = str | Sequence[Message]
 NO_TEMPLATE = (
@@ -163,6 +165,30 @@ class Renderer:
         """Plain text, all of it learnt from."""
         return self.plain("", text)
 
+    def reply(self, messages: Sequence[Message], text: str, role: str, prompt_ids: Sequence[int], last_id: int | None) -> tuple[int, ...]:
+        """The tokens between an answer and the next one: what the template writes after the answer that ends ``messages``, ``text`` as said by ``role``,
+        and the generation prompt.  ``last_id`` is the answer's last token: an end of turn that was sampled is not written twice.
+
+        Raises :class:`TemplateError` when the conversation so far would be rendered otherwise than it was sampled from ``prompt_ids``.
+        """
+        if not self.chat:
+            return tuple(self._ids(text))
+        *before, _ = self._messages(messages)
+        asked = [m for i, m in enumerate(before) if not any(x["role"] == "assistant" for x in before[: i + 1])]
+        first = self._encode(self._render(asked, None, first_answer=len(asked), add_generation_prompt=True), []).ids
+        conversation = [*before, {"role": "assistant", "content": PLACE}, {"role": role, "content": text}]
+        rendered = self._render(conversation, None, first_answer=len(conversation), add_generation_prompt=True)
+        begin = self._render(before, None, first_answer=len(before), add_generation_prompt=True).text
+        if tuple(first) != tuple(prompt_ids) or not rendered.text.startswith(begin + PLACE):
+            raise TemplateError(
+                "the chat template renders earlier turns differently once a reply follows, or the prompt has tools: an episode of several turns cannot go on "
+                "from the tokens that were sampled; use a template that only appends (model.chat_template)"
+            )
+        place = len(begin) + len(PLACE)
+        ids, offsets = self._tokens(rendered, [place])
+        glue = [i for i, (start, _) in zip(ids, offsets, strict=True) if start >= place]
+        return tuple(glue[1:] if glue and glue[0] == last_id and last_id in self.stop_ids else glue)
+
     # -- chat ----------------------------------------------------------------------------------------------------------
     def _messages(self, prompt: Text) -> list[dict[str, Any]]:
         return normalise([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
@@ -268,7 +294,7 @@ class Renderer:
 
     def _template_end(self) -> int | None:
         """The control token the template writes directly after a finished answer, if any."""
-        answer = "this-is-the-answer"
+        answer = PLACE
         try:
             probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
             text, _ = render_text(self.tokenizer, probe, variables=self.variables)

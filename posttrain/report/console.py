@@ -157,7 +157,7 @@ class Console:
         if samples and (self.done == self._first + 1 or self.done == self.total or self.done % (10 * every) == 0):
             for r in samples:
                 reward = "failed" if r.reward is None else f"{r.reward:.2f}"
-                print(f"    {reward:>6}  {readable(_prompt(r), 50)!s} -> {readable(r.text, 60)}", file=self.stream, flush=True)
+                print(f"    {reward:>6}  {readable(_prompt(r), 50)!s} -> {readable(_said(r), 60)}", file=self.stream, flush=True)
 
     def _render(self) -> Any:
         from rich.console import Group
@@ -187,9 +187,14 @@ class Console:
             for r in self._samples:
                 good = r.reward is not None and r.reward > 0
                 reward = Text("failed" if r.reward is None else f"{r.reward:.2f}", style="green" if good else "red")
-                table.add_row(reward, Text(readable(_prompt(r), 50)), Text(readable(r.text, 60)))
+                table.add_row(reward, Text(readable(_prompt(r), 50)), Text(readable(_said(r), 60)))
             parts.append(table)
         return Group(*parts)
+
+
+def _said(r: Rollout) -> str:
+    """The answer; of several, all of them with what was said in between in brackets."""
+    return " ".join(text if role == "assistant" else f"[{text}]" for role, text in r.turns) if len(r.turns) > 1 else r.text
 
 
 def _prompt(r: Rollout) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from posttrain.advantage import GroupAdvantage
 from posttrain.data.worlds.composition import Composition
-from posttrain.mixture import buffer, context, gate, pairs, route
+from posttrain.mixture import buffer, context, gate, pairs, route, turns
 from posttrain.records import Demo, Group, Score
 from posttrain.reward.math import MathVerify
 from posttrain.reward.rules import Choice, Exact, Format, Numeric, SoftOverlong, WorldVerifier
@@ -32,6 +32,7 @@ GATES: dict[str, Any] = {
     "FirstAccepted": route.FirstAccepted(),
     "RightOnly": route.RightOnly(),
     "Corrupt": context.Corrupt(token=9),
+    "WithoutCritique": turns.WithoutCritique("answer", "answer"),
 }
 REWARDS: dict[str, Any] = {
     "Exact": Exact(),
@@ -49,7 +50,7 @@ def test_every_shipped_gate(name: str) -> None:
 
 
 def test_no_shipped_gate_is_forgotten() -> None:
-    modules = (buffer, context, gate, pairs, route)
+    modules = (buffer, context, gate, pairs, route, turns)
     shipped = {
         n
         for m in modules
