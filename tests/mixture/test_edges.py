@@ -158,3 +158,70 @@ def test_the_top_of_a_step_must_see_the_step() -> None:
 
 def test_the_demonstrations_of_a_step() -> None:
     assert sum(isinstance(x, Demo) for x in Add()([], Demos([demo()] * 9, First()), 0, 0.0)) == 8
+
+
+# -- numbers of single terms -------------------------------------------------------------------------------------------------------
+def view_of(own: Any, logps: list[list[float]], **more: Any) -> Any:
+    rows = [
+        Row(
+            ids=[1] * (len(each) + 1), sources=["prompt"] + ["demo"] * len(each), advantage=more.get("advantage", 1.0),
+            logps={"current": [math.nan, *each], "base": [math.nan] + [-1.0] * len(each), "teacher": [math.nan] + [-0.5] * len(each)},
+        )
+        for each in logps
+    ]  # fmt: skip
+    goal = Objective({"demos": Stream(("demo",), likelihood.Token(), reference.Current(), own, aggregate.TokenMean())})
+    return goal.views(TokenBatch.from_sequences(rows, dtype=torch.float64))["demos"]
+
+
+def test_credit_of_a_log_ratio() -> None:
+    """Own, to go, and the whole sequence to every token."""
+    for credit, expected in (("own", [0.5, 0.5]), ("to_go", [1.0, 0.5]), ("sequence", [1.0, 1.0])):
+        term = advantage.LogRatio("teacher", "base", credit)
+        assert term.values(view_of(term, [[-1.0, -2.0]])).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("ddof", "size"), [(0, 1.0), (1, math.sqrt(2.0))])
+def test_two_values_are_whitened_by_their_own_deviation(ddof: int, size: float) -> None:
+    term = advantage.Whiten(advantage.Column(), ddof=ddof, eps=0.0)
+    found = term.values(view_of(term, [[-1.0, -1.0]], advantage=[9.0, 0.0, 2.0])).tolist()
+    assert found == pytest.approx([-1.0 / size, 1.0 / size])
+
+
+def test_the_reported_value_of_a_saturating_ratio() -> None:
+    """``p / (p + gamma)`` itself, and the weight where the denominator is detached."""
+    view = view_of(advantage.One(), [[-1.0, -3.0]])
+    p, gamma = torch.exp(view.logp), 0.1
+    for detached, expected in ((False, p / (p + gamma)), (True, p / (p + gamma))):
+        term = reference.Saturating(gamma, detached=detached)
+        torch.testing.assert_close(term.objective(view, torch.exp(term.log_ratio(view))), expected, rtol=1e-12, atol=0)
+
+
+def test_who_reads_the_advantage_column() -> None:
+    from posttrain.loss.value import Return, Towards
+
+    assert Towards(label=None).reads_column and not Towards(label="label").reads_column and Return().reads_column
+
+
+def test_the_positive_part_of_an_advantage_or_else_of_the_reward() -> None:
+    from posttrain.advantage.plain import PositivePart
+
+    plain, weighed = group(1.0, -1.0, None), group(1.0, -1.0)
+    weighed = replace(weighed, rollouts=tuple(replace(r, advantage=a) for r, a in zip(weighed.rollouts, (-0.5, 0.5), strict=True)))
+    assert values(PositivePart()([plain])[0]) == [1.0, 0.0, None] and values(PositivePart()([weighed])[0]) == [0.0, 0.5]
+    assert values(PositivePart(keep_zeros=False)([plain])[0]) == [1.0, None, None]
+
+
+def test_outliers_are_counted_in_deviations() -> None:
+    """Mean 1, deviation 2: 4 + 1 is the bound at two deviations."""
+    from posttrain.advantage.step import DropOutliers
+
+    one = group(0.0, 0.0, 0.0, 0.0, 5.0)
+    assert values(DropOutliers(2.0)([one])[0]) == [0.0, 0.0, 0.0, 0.0, 5.0] and values(DropOutliers(1.99)([one])[0])[-1] is None
+
+
+def test_a_controller_that_follows_nobody_is_told_who_there_is() -> None:
+    from posttrain.mixture.control import Proportional, steer
+
+    control = Proportional(name="beta", metric="rollouts/kl", init=1.0, target=1.0, horizon=1.0)
+    with pytest.raises(ValueError, match=r"follows the metric 'rollouts/kl', which this loss does not report; it reports a/x, b/y, c/z"):
+        steer({"beta": control}, {}, {"c/z": (1.0, 1.0), "a/x": (1.0, 1.0), "loss": (1.0, 1.0), "b/y": (1.0, 1.0)}, 4)
