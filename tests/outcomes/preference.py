@@ -37,7 +37,7 @@ def on_pref(name: str, seed: int, flips: float = 0.0, overrides: tuple[str, ...]
 def flipped(seed: int) -> dict[str, float]:
     """Few pairs, three in ten labels turned round; the debiased loss knows the rate."""
     knows = (f"{PAIRED}.label_smoothing=0.3",)
-    return {"robust DPO": bandit.ranked(on_pref("robust_dpo", seed, 0.3, knows, 100, 40)), "DPO": bandit.ranked(on_pref("dpo", seed, 0.3, (), 100, 40))}
+    return {"robust DPO": bandit.ranked(on_pref("robust_dpo", seed, 0.3, knows, 60, 40)), "DPO": bandit.ranked(on_pref("dpo", seed, 0.3, (), 60, 40))}
 
 
 def entropy_of(policy: Policy) -> float:
@@ -165,8 +165,18 @@ def far(kind: str, seed: int, steps: int = 80) -> float:
     policy = bandit.policy(FAR)
     fixed = pairs_of(policy, seed)
     if kind == "online DPO":
-        run = Run(policy, "online_dpo", steps=steps, optimizer="adam", seed=seed, reward=lambda p, a: float(bandit.REWARDS[a[0]]), prompts=[0] * 16, n=2,
-                  advantage=Reward(), gate=BestWorst())  # fmt: skip
+        run = Run(
+            policy,
+            "online_dpo",
+            steps=steps,
+            optimizer="adam",
+            seed=seed,
+            reward=lambda p, a: float(bandit.REWARDS[a[0]]),
+            prompts=[0] * 16,
+            n=2,
+            advantage=Reward(),
+            gate=BestWorst(),
+        )
     elif kind == "SFT on the chosen":
         run = Run(policy, "sft", steps=steps, optimizer="adam", fixed=[p.chosen for p in fixed])
     elif kind == "online SFT on the chosen":
@@ -192,8 +202,22 @@ def win_rate(seed: int) -> dict[str, float]:
         if step % 25 == 24:
             out[f"round {len(out) + 1}"] = float(probabilities(policy) @ better @ start)
 
-    Run(policy, "sppo", ("streams.labelled.source=[policy]", "streams.labelled.advantage.beta=0.5"), steps=75, rate=0.05, optimizer="adam", seed=seed,
-        reward=lambda p, a: float(bandit.REWARDS[a[0]]), prompts=[0] * 16, n=2, advantage=Reward(), gate=BestWorst(), base_every=25, watch=watch).go()  # fmt: skip
+    Run(
+        policy,
+        "sppo",
+        ("streams.labelled.source=[policy]", "streams.labelled.advantage.beta=0.5"),
+        steps=75,
+        rate=0.05,
+        optimizer="adam",
+        seed=seed,
+        reward=lambda p, a: float(bandit.REWARDS[a[0]]),
+        prompts=[0] * 16,
+        n=2,
+        advantage=Reward(),
+        gate=BestWorst(),
+        base_every=25,
+        watch=watch,
+    ).go()
     return out
 
 
@@ -236,51 +260,197 @@ def contrastive(seed: int) -> dict[str, float]:
 
 
 CLAIMS = (
-    Claim("robust DPO under flipped labels", ("robust_dpo",), "2403.00409", "When labels are flipped, the debiased loss ranks better than DPO.",
-          "PREF, 40 pairs, 30 % of the labels flipped, the rate known; 100 updates", "share of the answers ordered by reward", flipped, "not decided", seeds=8),
-    Claim("EXO seeks modes", ("exo",), "2402.00856", "The reverse KL seeks modes: its policy has a lower entropy than DPO's.",
-          "PREF, 60 pairs, 60 updates", "entropy, nats", exo_entropy, "does not hold",
-          note="At equal updates; on pairs it ranks wrongly its slope is smaller than DPO's."),
-    *(Claim(f"{name.upper()} needs no pairs", (name,), source, f"{name.upper()} on answers labelled good or bad matches DPO on the same answers in pairs (within 0.05).",
-            "PREF, 60 pairs or their 120 labelled answers, 100 updates", "share of the answers ordered by reward", without_pairs(name), "not decided",
-            effect=no_worse, effect_is="difference + 0.05")
-      for name, source in (("kto", "2402.01306"), ("bco", "2404.04656"))),
-    *(Claim(f"{label}: the margin of one pair stops", (name,), source, f"The margin of a pair that is always preferred stops at {at:g}; under DPO it goes on.",
-            "BANDIT, one pair, 150 updates from random starts", "log-ratio margin", stops(name, label, at, *more), "holds", seeds=3, effect=stopped,
-            effect_is="0.1 * stop - distance, and DPO's excess over 1.1 * stop, the smaller")
-      for name, label, source, at, more in (
-          ("ipo", "IPO", "2310.12036", 5.0, ()), ("rso", "normalised hinge", "2309.06657", 10.0, ()),
-          ("cdpo", "cDPO", "expected", math.log(4) / 0.1, (f"{PAIRED}.label_smoothing=0.2",)))),
-    *(Claim(f"{label} keeps the chosen answer likely", (name,), source, "The chosen answer's likelihood does not fall as it may under DPO.",
-            "BANDIT with three features for eight answers, each chosen answer against the one most like it; 40 updates", "log-ratio of the chosen answer",
-            keeps(name, label), "holds")
-      for name, label, source in (("dpop", "DPOP", "2402.13228"), ("iterative_rpo", "iterative RPO", "2404.19733"), ("nca", "NCA", "2402.05369"), ("orpo", "ORPO", "2403.07691"),
-                                  ("cpo", "CPO", "2401.08417"))),
-    Claim("SimPO and length", ("simpo",), "2405.14734", "Mean log-probs keep answers shorter than summed ones when the judge likes length.",
-          "LENGTH, 48 pairs, 40 updates; the summed score at the same beta per token of the mean length", "mean length",
-          lambda seed: {"summed": length_after("simpo", seed, SUMS), "SimPO": length_after("simpo", seed)}, "holds"),
-    Claim("length-normalised DPO and length", ("dpo_norm",), "2411.15124", "Length-normalised DPO grows answers less than DPO when the judge likes length.",
-          "LENGTH, 48 pairs, 40 updates", "mean length", lambda seed: {"DPO": length_after("dpo", seed), "length-normalised": length_after("dpo_norm", seed)}, "holds"),
-    Claim("sampling now", ("online_dpo",), "2404.14367", "With the best answers rare at the start, on-policy pairs get further than fixed ones in as many updates.",
-          "BANDIT, the best answer at 0.1 %; 16 pairs per update, 80 updates", "expected reward", farther("online DPO", "DPO"), "holds"),
-    Claim("a negative gradient", ("dpo",), "2404.14367", "Pushing rejected answers down gets further than imitating the chosen ones in as many updates.",
-          "BANDIT, the best answer at 0.1 %; 16 fixed pairs, 80 updates", "expected reward", farther("DPO", "SFT on the chosen"), "not decided", seeds=12),
-    Claim("sampling now, without a negative gradient", ("sft",), "2404.14367", "Imitating the chosen of on-policy pairs gets further than that of fixed ones.",
-          "BANDIT, the best answer at 0.1 %; 16 pairs per update, 80 updates", "expected reward", farther("online SFT on the chosen", "SFT on the chosen"), "holds"),
-    Claim("a moving reference", ("tr_dpo",), "2404.09656", "A reference that follows the policy gets further than a fixed one.",
-          "BANDIT, the best answer at 0.1 %; 16 fixed pairs, 80 updates, the reference moved 0.6 of the way every 16", "expected reward",
-          farther("TR-DPO", "DPO at beta 0.05"), "does not hold", seeds=10,
-          note="With few fixed pairs, further is further into the pairs' own mistakes."),
-    Claim("SPPO iterated", ("sppo",), "2405.00675", "Every round of self-play raises the win rate over the start.", "BANDIT, three rounds of 25 updates on 16 sampled pairs, beta 0.5",
-          "win rate over the start", win_rate, "holds", effect=lambda n: min(b - a for a, b in zip((0.5, *n.values()), n.values(), strict=False)),
-          effect_is="smallest rise of a round"),
-    Claim("GVPO off-policy, uniform samples", ("gvpo",), "2504.19599", "The optimum is the KL-regularised one whatever sampled the answers.",
-          "BANDIT, 8 groups of 4 uniform answers, 200 updates, beta 1", "total variation to the optimum", reaches(False), "holds"),
-    Claim("GVPO off-policy, skewed samples", ("gvpo",), "2504.19599", "The optimum is the KL-regularised one whatever sampled the answers.",
-          "BANDIT, 8 groups of 4 answers from a policy that likes the bad ones, 200 updates, beta 1", "total variation to the optimum", reaches(True), "holds"),
-    Claim("centring on one side", ("kimi_k15", "gvpo"), "expected", "Centring the reward but not the log-ratio is biased when another policy sampled; centring both is not.",
-          "BANDIT, 8 groups of 4 answers from a policy that likes the bad ones, 200 updates, beta 1, penalty to the start", "total variation to the optimum", one_sided, "holds"),
-    Claim("CoPG off-policy", ("copg",), "2406.19185", "The optimum is the KL-regularised one whatever sampled the answers.",
-          "BANDIT, 8 groups of 4 answers from a policy that likes the bad ones, 200 updates, beta 1", "total variation to the optimum", contrastive, "holds",
-          effect=lambda n: 0.05 - n["CoPG"], effect_is="0.05 - distance"),
-)  # fmt: skip
+    Claim(
+        "robust DPO under flipped labels",
+        ("robust_dpo",),
+        "2403.00409",
+        "When labels are flipped, the debiased loss ranks better than DPO.",
+        "PREF, 40 pairs, 30 % of the labels flipped, the rate known; 60 updates",
+        "share of the answers ordered by reward",
+        flipped,
+        "does not hold",
+        seeds=8,
+    ),
+    Claim(
+        "EXO seeks modes",
+        ("exo",),
+        "2402.00856",
+        "The reverse KL seeks modes: its policy has a lower entropy than DPO's.",
+        "PREF, 60 pairs, 60 updates",
+        "entropy, nats",
+        exo_entropy,
+        "does not hold",
+        note="At equal updates; on pairs it ranks wrongly its slope is smaller than DPO's.",
+    ),
+    *(
+        Claim(
+            f"{name.upper()} needs no pairs",
+            (name,),
+            source,
+            f"{name.upper()} on answers labelled good or bad matches DPO on the same answers in pairs (within 0.05).",
+            "PREF, 60 pairs or their 120 labelled answers, 100 updates",
+            "share of the answers ordered by reward",
+            without_pairs(name),
+            "not decided",
+            effect=no_worse,
+            effect_is="difference + 0.05",
+        )
+        for name, source in (("kto", "2402.01306"), ("bco", "2404.04656"))
+    ),
+    *(
+        Claim(
+            f"{label}: the margin of one pair stops",
+            (name,),
+            source,
+            f"The margin of a pair that is always preferred stops at {at:g}; under DPO it goes on.",
+            "BANDIT, one pair, 150 updates from random starts",
+            "log-ratio margin",
+            stops(name, label, at, *more),
+            "holds",
+            seeds=3,
+            effect=stopped,
+            effect_is="0.1 * stop - distance, and DPO's excess over 1.1 * stop, the smaller",
+        )
+        for name, label, source, at, more in (
+            ("ipo", "IPO", "2310.12036", 5.0, ()),
+            ("rso", "normalised hinge", "2309.06657", 10.0, ()),
+            ("cdpo", "cDPO", "expected", math.log(4) / 0.1, (f"{PAIRED}.label_smoothing=0.2",)),
+        )
+    ),
+    *(
+        Claim(
+            f"{label} keeps the chosen answer likely",
+            (name,),
+            source,
+            "The chosen answer's likelihood does not fall as it may under DPO.",
+            "BANDIT with three features for eight answers, each chosen answer against the one most like it; 40 updates",
+            "log-ratio of the chosen answer",
+            keeps(name, label),
+            "holds",
+        )
+        for name, label, source in (
+            ("dpop", "DPOP", "2402.13228"),
+            ("iterative_rpo", "iterative RPO", "2404.19733"),
+            ("nca", "NCA", "2402.05369"),
+            ("orpo", "ORPO", "2403.07691"),
+            ("cpo", "CPO", "2401.08417"),
+        )
+    ),
+    Claim(
+        "SimPO and length",
+        ("simpo",),
+        "2405.14734",
+        "Mean log-probs keep answers shorter than summed ones when the judge likes length.",
+        "LENGTH, 48 pairs, 40 updates; the summed score at the same beta per token of the mean length",
+        "mean length",
+        lambda seed: {"summed": length_after("simpo", seed, SUMS), "SimPO": length_after("simpo", seed)},
+        "holds",
+    ),
+    Claim(
+        "length-normalised DPO and length",
+        ("dpo_norm",),
+        "2411.15124",
+        "Length-normalised DPO grows answers less than DPO when the judge likes length.",
+        "LENGTH, 48 pairs, 40 updates",
+        "mean length",
+        lambda seed: {"DPO": length_after("dpo", seed), "length-normalised": length_after("dpo_norm", seed)},
+        "holds",
+    ),
+    Claim(
+        "sampling now",
+        ("online_dpo",),
+        "2404.14367",
+        "With the best answers rare at the start, on-policy pairs get further than fixed ones in as many updates.",
+        "BANDIT, the best answer at 0.1 %; 16 pairs per update, 80 updates",
+        "expected reward",
+        farther("online DPO", "DPO"),
+        "holds",
+    ),
+    Claim(
+        "a negative gradient",
+        ("dpo",),
+        "2404.14367",
+        "Pushing rejected answers down gets further than imitating the chosen ones in as many updates.",
+        "BANDIT, the best answer at 0.1 %; 16 fixed pairs, 80 updates",
+        "expected reward",
+        farther("DPO", "SFT on the chosen"),
+        "not decided",
+        seeds=12,
+    ),
+    Claim(
+        "sampling now, without a negative gradient",
+        ("sft",),
+        "2404.14367",
+        "Imitating the chosen of on-policy pairs gets further than that of fixed ones.",
+        "BANDIT, the best answer at 0.1 %; 16 pairs per update, 80 updates",
+        "expected reward",
+        farther("online SFT on the chosen", "SFT on the chosen"),
+        "holds",
+    ),
+    Claim(
+        "a moving reference",
+        ("tr_dpo",),
+        "2404.09656",
+        "A reference that follows the policy gets further than a fixed one.",
+        "BANDIT, the best answer at 0.1 %; 16 fixed pairs, 80 updates, the reference moved 0.6 of the way every 16",
+        "expected reward",
+        farther("TR-DPO", "DPO at beta 0.05"),
+        "does not hold",
+        seeds=10,
+        note="With few fixed pairs, further is further into the pairs' own mistakes.",
+    ),
+    Claim(
+        "SPPO iterated",
+        ("sppo",),
+        "2405.00675",
+        "Every round of self-play raises the win rate over the start.",
+        "BANDIT, three rounds of 25 updates on 16 sampled pairs, beta 0.5",
+        "win rate over the start",
+        win_rate,
+        "holds",
+        effect=lambda n: min(b - a for a, b in zip((0.5, *n.values()), n.values(), strict=False)),
+        effect_is="smallest rise of a round",
+    ),
+    Claim(
+        "GVPO off-policy, uniform samples",
+        ("gvpo",),
+        "2504.19599",
+        "The optimum is the KL-regularised one whatever sampled the answers.",
+        "BANDIT, 8 groups of 4 uniform answers, 200 updates, beta 1",
+        "total variation to the optimum",
+        reaches(False),
+        "holds",
+    ),
+    Claim(
+        "GVPO off-policy, skewed samples",
+        ("gvpo",),
+        "2504.19599",
+        "The optimum is the KL-regularised one whatever sampled the answers.",
+        "BANDIT, 8 groups of 4 answers from a policy that likes the bad ones, 200 updates, beta 1",
+        "total variation to the optimum",
+        reaches(True),
+        "holds",
+    ),
+    Claim(
+        "centring on one side",
+        ("kimi_k15", "gvpo"),
+        "expected",
+        "Centring the reward but not the log-ratio is biased when another policy sampled; centring both is not.",
+        "BANDIT, 8 groups of 4 answers from a policy that likes the bad ones, 200 updates, beta 1, penalty to the start",
+        "total variation to the optimum",
+        one_sided,
+        "holds",
+    ),
+    Claim(
+        "CoPG off-policy",
+        ("copg",),
+        "2406.19185",
+        "The optimum is the KL-regularised one whatever sampled the answers.",
+        "BANDIT, 8 groups of 4 answers from a policy that likes the bad ones, 200 updates, beta 1",
+        "total variation to the optimum",
+        contrastive,
+        "holds",
+        effect=lambda n: 0.05 - n["CoPG"],
+        effect_is="0.05 - distance",
+    ),
+)

@@ -12,7 +12,12 @@ from importlib import import_module
 from posttrain.statistics import Interval
 from tests.outcomes.claims import LEVEL, Claim, measured
 
-MODULES = {"preference": "Preference objectives"}
+MODULES = {
+    "hybrids": "SFT and reinforcement learning together",
+    "reinforcement": "Reinforcement learning",
+    "supervised": "Imitation, distillation, self-training",
+    "preference": "Preference objectives",
+}
 
 
 def claims_of(module: str) -> tuple[Claim, ...]:
@@ -27,8 +32,16 @@ def row(claim: Claim) -> str:
     outcome = measured(claim)
     arms = "; ".join(f"{name} {number(interval)}" for name, interval in outcome.arms.items())
     effect = f"{claim.effect_is or 'difference'}: {number(outcome.effect)}" if len(outcome.arms) > 1 or claim.effect else ""
-    cells = [claim.name, claim.source, claim.says, f"{claim.run}; {claim.seeds} seeds", f"{claim.unit}: {arms}", effect, f"**{outcome.found}**{'. ' + claim.note if claim.note else ''}"]
-    return "| " + " | ".join(cells) + " |"
+    cells = [
+        claim.name,
+        claim.source,
+        claim.says,
+        f"{claim.run}; {claim.seeds} seeds",
+        f"{claim.unit}: {arms}",
+        effect,
+        f"**{outcome.found}**{'. ' + claim.note if claim.note else ''}",
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 HEAD = """# What small runs found
@@ -37,9 +50,10 @@ What the sources claim, looked for where it can be computed: softmax tables in f
 and objectives, with exact expectations where they can be summed. Written by `python -m tests.outcomes.report > docs/log.md`; `tests/outcomes/test_outcomes.py` runs every row again.
 
 A row is *one* experiment. Where a claim **holds**, the {level:.0%} interval of the effect over seeds lies above 0; where it **does not hold**, the interval ends at or below 0; else it is
-**not decided**. Rates and lengths were set so that a run gets to where it goes in a second or two, not for the sign of an effect; a claim about language models may well be true of
-them and false of a table of thirty logits.
-`expected` stands for what follows from the formula and is claimed by nobody in particular. Intervals are percentile bootstraps over few seeds, so they are narrow ones.
+**not decided**. Rates and lengths were set so that a run gets to where it goes in a second or two, not for the sign of an effect; a claim about language models
+may well be true of them and false of a table of thirty logits.
+`expected` stands for what follows from the formula and is claimed by nobody in particular, `secondary` for what a third party reports.
+Intervals are percentile bootstraps over few seeds, so they are narrow ones.
 """
 COLUMNS = ("claim", "source", "what is said", "run", "numbers", "effect", "found")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from posttrain.data.pack import Packer
 from posttrain.learner.actor import StepReport, add_metrics
 from posttrain.loss import Objective
 from posttrain.mixture.demos import Demos
-from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Segment, Source, TokenBatch
+from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Sampling, Segment, Source, TokenBatch
 from posttrain.rollout.prefix import put_back
 from posttrain.rollout.strategy import Ask, StepInfo
 from posttrain.update import Learn
@@ -73,14 +74,16 @@ class Policy:
         return torch.log_softmax(self.at(prompt, batch.positions, last) / temperature, -1)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[int], draw: torch.Generator, given: Sequence[Sequence[int]] | None = None, greedy: bool = False) -> list[list[tuple[int, float]]]:
+    def sample(
+        self, prompts: Sequence[int], draw: torch.Generator, given: Sequence[Sequence[int]] | None = None, greedy: bool = False, temperature: float = 1.0
+    ) -> list[list[tuple[int, float]]]:
         """One answer per prompt, as (token, log-prob), after the tokens ``given``, which are not repeated."""
         n = len(prompts)
         prompt, last, done = torch.tensor(prompts), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool)
         forced = [list(g) for g in given] if given is not None else [[] for _ in prompts]
         out: list[list[tuple[int, float]]] = [[] for _ in prompts]
         for position in range(self.length):
-            logp = torch.log_softmax(self.at(prompt, torch.full_like(prompt, position), last), -1)
+            logp = torch.log_softmax(self.at(prompt, torch.full_like(prompt, position), last) / temperature, -1)
             token = logp.argmax(1) if greedy else torch.multinomial(logp.exp(), 1, generator=draw)[:, 0]
             chosen, stopped = token.tolist(), done.tolist()
             values = logp.gather(1, token[:, None])[:, 0].tolist()
@@ -218,6 +221,7 @@ class Run:
     reward: Callable[[int, tuple[int, ...]], float] | None = None
     prompts: Sequence[int] = (0,)
     n: int = 8
+    temperature: float = 1.0
     advantage: Any = None
     gate: Any = None
     strategy: Any = None
@@ -233,7 +237,7 @@ class Run:
     room: int = 100_000
     watch: Callable[[Run, int], None] | None = None
     metrics: list[dict[str, float]] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: {"rollouts": 0, "tokens": 0})
+    counts: dict[str, int] = field(default_factory=lambda: {"rollouts": 0, "tokens": 0, "given": 0})
 
     def go(self) -> Run:
         asyncio.run(self._go())
@@ -252,6 +256,7 @@ class Run:
             items = self._given(step) if self.fixed is not None else self.sampled(past[0] if self.lag else self.policy, step, progress, draw)
             if self.gate is not None:
                 items = self.gate(items, self.demos, step, progress)
+            self.counts["given"] += given_tokens(items)
             if not _empty(items):
                 self.metrics.append((await learn.learn(step, items, progress)).result())
             if self.lag:
@@ -264,11 +269,16 @@ class Run:
 
     def sampled(self, policy: Policy, step: int, progress: float, draw: torch.Generator) -> list[Group]:
         """Groups with rewards and advantages, sampled by ``policy``."""
-        prompts = [prompt_of(p, policy.vocabulary) for p in self.prompts]
+        seen: Counter[int] = Counter()
+        prompts = []
+        for p in self.prompts:  # a prompt that is asked twice makes two groups
+            seen[p] += 1
+            prompt = prompt_of(p, policy.vocabulary)
+            prompts.append(prompt if seen[p] == 1 else replace(prompt, id=f"{prompt.id}#{seen[p]}"))
         info = StepInfo(step, 0, len(prompts), progress)
         asks = self.strategy.plan(prompts, info) if self.strategy is not None else [Ask(p, self.n) for p in prompts]
         numbers = [number_of(a.prompt) for a in asks for _ in range(a.n)]
-        answers = iter(policy.sample(numbers, draw, [a.prefix for a in asks for _ in range(a.n)]))
+        answers = iter(policy.sample(numbers, draw, [a.prefix for a in asks for _ in range(a.n)], temperature=self.temperature))
         groups: dict[str, Group] = {}
         for ask in asks:
             rollouts = tuple(self._rollout(ask, i, next(answers), step, draw) for i in range(ask.n))
@@ -277,8 +287,15 @@ class Run:
                 group = put_back(group, ask.prompt, ask.prefix, lambda ids: "")
             before = groups.get(ask.prompt.id)
             groups[ask.prompt.id] = group if before is None else Group(before.prompt, (*before.rollouts, *group.rollouts))
-        out = list(groups.values())
+        out = [self._observed(group, policy, info, draw) for group in groups.values()]
         return self.advantage(out) if self.advantage is not None else out
+
+    def _observed(self, group: Group, policy: Policy, info: StepInfo, draw: torch.Generator) -> Group:
+        """With the samples a strategy asks for after it has seen the others: a greedy one, for instance."""
+        for ask in self.strategy.observe(group, info) if self.strategy is not None else []:
+            answers = policy.sample([number_of(ask.prompt)] * ask.n, draw, greedy=ask.greedy)
+            group = replace(group, rollouts=(*group.rollouts, *(self._rollout(ask, i, a, info.step, draw) for i, a in enumerate(answers))))
+        return group
 
     def _rollout(self, ask: Ask, i: int, answer: list[tuple[int, float]], step: int, draw: torch.Generator) -> Rollout:
         ids, logps = tuple(t for t, _ in answer), [value for _, value in answer]
@@ -287,14 +304,20 @@ class Run:
         assert self.reward is not None
         self.counts["rollouts"] += 1
         self.counts["tokens"] += len(ids)
-        return Rollout(f"{ask.prompt.id}/{ask.first + i}", ask.prompt, (segment,), reward=float(self.reward(number_of(ask.prompt), (*ask.prefix, *ids))))
+        sampling = Sampling(temperature=0.0 if ask.greedy else 1.0)
+        return Rollout(f"{ask.prompt.id}/{ask.first + i}", ask.prompt, (segment,), sampling=sampling, reward=float(self.reward(number_of(ask.prompt), (*ask.prefix, *ids))))
 
 
 def _empty(items: Sequence[Any]) -> bool:
     """Whether a gate and the advantages left nothing."""
-    return not any(
-        isinstance(i, (Demo, Pair)) or (isinstance(i, Group) and i.dropped is None and any(r.advantage is not None for r in i.rollouts)) for i in items
-    )
+    return not any(isinstance(i, (Demo, Pair)) or (isinstance(i, Group) and i.dropped is None and any(r.advantage is not None for r in i.rollouts)) for i in items)
+
+
+def given_tokens(items: Sequence[Any]) -> int:
+    """Tokens of demonstrations, or of pieces of them, that a step learns from."""
+    segments = [s for i in items if isinstance(i, Demo) for s in i.segments]
+    segments += [s for i in items if isinstance(i, Group) and i.dropped is None for r in i.rollouts for s in r.segments]
+    return sum(len(s.ids) for s in segments if s.source in (Source.demo, Source.prefix))
 
 
 def entropy(policy: Policy, prompts: Sequence[int] = (0,)) -> float:
