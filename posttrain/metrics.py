@@ -99,6 +99,8 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/log_ratio_clamped | mean | tokens | share | tokens whose log-ratio was clamped before it became an advantage
         {stream}/preference_loss | mean | pairs | nats | the published preference loss, per pair, list or labelled answer
         {stream}/classification_loss | mean | groups | nats | the published loss of rewards as labels
+        {stream}/right_by_row | mean | rows | 1 | rows of the matrix led by a right entry
+        {stream}/right_by_column | mean | columns | 1 | columns of the matrix led by a right entry
         {stream}/accuracy | mean | pairs | share | pairs ranked the right way round, lists whose best is first, answers on their label's side
         {stream}/margin | mean | pairs | reward | implicit reward of the chosen minus that of the rejected
         {stream}/chosen_score | mean | pairs | reward | implicit reward of the chosen answer

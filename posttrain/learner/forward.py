@@ -19,7 +19,7 @@ from posttrain.learner import attention
 from posttrain.learner.model import is_lora, plain
 from posttrain.records import TokenBatch
 
-ALONE = ("entropy", "logp_greedy")
+ALONE = ("entropy", "logp_greedy", "logsumexp")
 KINDS = (*ALONE, "kl_reverse", "kl_forward", "jsd")
 FROZEN = ("base", "teacher")
 Frozen = tuple[Tensor, Tensor, Tensor | None]
@@ -27,7 +27,7 @@ Frozen = tuple[Tensor, Tensor, Tensor | None]
 
 
 def parse_column(name: str) -> tuple[str, str | None, float]:
-    """(kind, frozen model, beta) of ``entropy``, ``logp_greedy`` (of the most probable token), ``kl_reverse:base``, ``kl_forward:teacher``,
+    """(kind, frozen model, beta) of ``entropy``, ``logp_greedy`` (of the most probable token), ``logsumexp`` (of the logits), ``kl_reverse:base``, ``kl_forward:teacher``,
     ``jsd_0.5:teacher``, ...
 
     Raises ``ValueError`` for any other name.
@@ -57,6 +57,9 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
         if "logp_greedy" in columns:
             best = linear_argmax(hidden, weight, chunk=chunk, bias=bias)
             found["logp_greedy"] = linear_logprob(hidden, weight, best, temperature=temperature, chunk=chunk, bias=bias)[0]
+        if "logsumexp" in columns:  # the target's own logit less its log-probability
+            logit = (hidden.to(logp.dtype) * weight[targets].to(logp.dtype)).sum(-1) + (0.0 if bias is None else bias[targets].to(logp.dtype))
+            found["logsumexp"] = logit / temperature - logp
         for name in columns:
             kind, to, beta = parse_column(name)
             if to is None or name in found:

@@ -82,7 +82,8 @@ class Regularizer(Protocol):
     """An additive term.  Token form: ``gradient(view) -> [N]`` is d penalty / d l; optional are ``value(view)`` for the metric and
     ``penalty(view)``, whose sum ``gradient`` differentiates, for the gradient checker.  Distribution form: ``column`` names a
     differentiable full-vocabulary column the forward must deliver (``entropy``, ``kl_reverse:base``, ...) and ``sign`` is +1 for a penalty,
-    -1 for a bonus."""
+    -1 for a bonus.  Where the penalty is not the column itself, ``of_column(view, logp, column) -> [N]`` gives it, with gradient; it may read other
+    tokens of the same sequence (coupling ``sequence``)."""
 
     coef: Scalar
 
@@ -417,9 +418,10 @@ class Objective:
                 view = views[stream_name]
                 with torch.no_grad():
                     scale = view.at(term.coef) * term.sign * _regularizer_scale(term, stream, view)
+                penalty = term.of_column(view, logp, columns[name]) if hasattr(term, "of_column") else columns[name]
                 if bool(view.on.any()):
-                    loss = loss + (scale[view.on] * columns[name][view.on]).sum()
-                metrics[f"{stream_name}/{key}"] = _mean(view, columns[name].detach())
+                    loss = loss + (scale[view.on] * penalty[view.on]).sum()
+                metrics[f"{stream_name}/{key}"] = _mean(view, penalty.detach())
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(f"the loss of {self.name!r} is {float(loss)}: a log-prob with non-zero weight is not finite")
         metrics["loss"] = (float(loss.detach()), 0.0)

@@ -18,13 +18,14 @@ Pairs = Mapping[str, tuple[float, float]]
 @runtime_checkable
 class Control(Protocol):
     """``begin`` is the state before anything was measured, ``step(state, measured, sequences)`` the next one, ``value(state)`` the coefficient.  A state is
-    a few named numbers.  Called with the progress of a run, as a schedule is, it gives the value it begins with."""
+    a few named numbers.  One that has ``metrics``, several names, gets the list of what they
+    measured.  Called with the progress of a run, as a schedule is, it gives the value it begins with."""
 
     name: str
     metric: str
 
     def begin(self) -> dict[str, float]: ...
-    def step(self, state: Mapping[str, float], measured: float, sequences: int) -> dict[str, float]: ...
+    def step(self, state: Mapping[str, float], measured: Any, sequences: int) -> dict[str, float]: ...
     def value(self, state: Mapping[str, float]) -> float: ...
     def __call__(self, progress: float) -> float: ...
 
@@ -42,15 +43,16 @@ def steer(controls: Mapping[str, Control], memory: Mapping[str, float], metrics:
     """
     out: dict[str, float] = {}
     for control in controls.values():
-        if control.metric not in metrics:
-            known = ", ".join(sorted(m for m in metrics if "/" in m))
-            raise ValueError(
-                f"controller {control.name!r} follows the metric {control.metric!r}, which this loss does not report; it reports {known}"
-            )
-        total, count = metrics[control.metric]
+        several = getattr(control, "metrics", None)
+        for name in several or (control.metric,):
+            if name not in metrics:
+                known = ", ".join(sorted(m for m in metrics if "/" in m))
+                raise ValueError(f"controller {control.name!r} follows the metric {name!r}, which this loss does not report; it reports {known}")
+        found = [metrics[name] for name in several or (control.metric,)]
         state = recall(control, memory)
-        if count:
-            state = control.step(state, total / count, sequences)
+        if all(count for _, count in found):
+            means = [total / count for total, count in found]
+            state = control.step(state, means if several else means[0], sequences)
         out |= {_key(control, key): number for key, number in state.items()}
     return out
 

@@ -13,6 +13,7 @@ import pytest
 
 from posttrain import contrib
 from posttrain.contrib.classification import GroupClassification
+from posttrain.contrib.contrast import MatrixContrast
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
 from posttrain.contrib.guided import AdvantageSaturating, DropImprobable
@@ -27,6 +28,7 @@ from posttrain.contrib.preference import (
     SteeperPairs,
 )
 from posttrain.contrib.process import ImplicitProcessReward
+from posttrain.contrib.soft_q import TemporalDifference
 from posttrain.contrib.supervised import LossSoftmax, MarginalShare, OwnLabel, RatioSlope, SuffixLoss
 from posttrain.loss import aggregate, mask
 from posttrain.loss.advantage import Column, One, Pairwise
@@ -39,10 +41,13 @@ TERMS = {
     for module in MODULES
     for name, cls in vars(module).items()
     if inspect.isclass(cls) and cls.__module__ == module.__name__ and dataclasses.is_dataclass(cls) and not name.startswith("_")
+    if not hasattr(cls, "begin")  # a controller is no term
 }
 # Settings from which every field of a class can be seen to act, and values for fields that cannot be guessed from their type.
 VARIANTS: dict[str, list[Any]] = {
     "classification.GroupClassification": [GroupClassification("base", 2.0)],
+    "contrast.MatrixContrast": [MatrixContrast("label", "reward", "label", "logp_mean"), MatrixContrast("reward", "label", "label")],
+    "soft_q.TemporalDifference": [TemporalDifference(Linear(0.5, 1.0), 0.5)],
     "covariance.CovarianceDrop": [
         CovarianceDrop(0.3, -5.0, 5.0),
         CovarianceDrop(0.3, -1.0, Linear(0.5, 1.0), clip=mask.RatioClip(0.01, 0.01)),
@@ -73,6 +78,8 @@ VARIANTS: dict[str, list[Any]] = {
     "process.ImplicitProcessReward": [ImplicitProcessReward("old", "behaviour", 0.3, Linear(1.0, 0.0), 0.0)],
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "contrast.MatrixContrast": {"rows": ["reward"], "columns": ["label"], "right": ["label"], "score": ["logp_mean"]},
+    "soft_q.TemporalDifference": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()], "gamma": [0.5]},
     "guided.AdvantageSaturating": {"low": [-0.5], "high": [0.5], "most": [1.0, 1.5], "at_low": [-0.7], "at_high": [0.7]},
     "guided.DropImprobable": {"min": [0.3, 0.6]},
     "supervised.OwnLabel": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},
@@ -86,7 +93,11 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "preference.SelfLabelled": {"inner": [Pairwise(beta=0.2)]},
     "future.FutureRatio": {"low": [0.9, 1.05], "high": [1.05], "ignore": [1.0, 1.2], "spare": [1.0], "half_life": [0.5, 64.0]},
 }
-REQUIRED: dict[str, dict[str, Any]] = {"preference.SteeperPairs": {"by": "label"}, "preference.PairFactor": {"by": "label"}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "preference.SteeperPairs": {"by": "label"},
+    "preference.PairFactor": {"by": "label"},
+    "contrast.MatrixContrast": {"rows": "label", "columns": "reward"},
+}
 
 
 @pytest.mark.parametrize("name", TERMS)

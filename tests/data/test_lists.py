@@ -65,3 +65,29 @@ def test_what_cannot_be_compared_is_left_out_and_counted(tiny: Any) -> None:
     assert len(groups) == 1 and report.dropped == {"too_few_answers": 1, "empty_answer": 1}
     with pytest.raises(DataError, match="answer 1 of row 0"):
         load_data("lists", [ROW], tiny, max_length=len(to_rows(groups)[0].ids) + 2)
+
+
+def test_every_answer_may_have_a_prompt_and_further_numbers_of_its_own(tiny: Any) -> None:
+    entry = [(f"be {kind}: name a {thing}", f"a {answer}") for kind in ("kind", "brief") for thing, answer in (("pet", "kind cat"), ("pet", "dog"))]
+    row = {
+        "prompts": [p for p, _ in entry],
+        "completions": [a for _, a in entry],
+        "scores": [1, 0, 0, 1],
+        "labels": {"instruction": [0, 0, 1, 1], "answer": [0, 1, 0, 1]},
+    }
+    (group,), _ = load_data("lists", [row], tiny)
+    rows = to_rows([group])
+    for found, (prompt, answer) in zip(rows, entry, strict=True):
+        text = tiny.decode(found.ids)
+        assert prompt in text and answer in text
+        learnt = tiny.decode([t for t, on in zip(found.ids, found.trainable, strict=True) if on])
+        assert answer in learnt and "name a" not in learnt
+    assert [(r.rewards["instruction"], r.rewards["answer"], r.rewards["reward"]) for r in rows] == [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)]
+    batch = TokenBatch.from_sequences(rows)
+    weights = load("sami").weights(batch.with_logps(current=batch.weight * 0.0 - 1.0))
+    signs = [float(weights[batch.seq == i].sum()) for i in range(4)]
+    assert signs[0] > 0 > signs[1] and signs[3] > 0 > signs[2]
+    with pytest.raises(DataError, match="4 completions but 3 prompts"):
+        load_data("lists", [{**row, "prompts": row["prompts"][:3]}], tiny)
+    with pytest.raises(DataError, match=r"4 completions but 1 labels\.answer"):
+        load_data("lists", [{**row, "labels": {"answer": [0]}}], tiny)

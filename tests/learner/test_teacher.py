@@ -50,14 +50,15 @@ def engine(path: str, teacher: str | None, goal: Objective, **model: Any) -> Tor
     return TorchEngine(cfg, LearnerConfig(engine="torch", lr=5e-4), goal, total_steps=5)
 
 
-def rows_of(path: str, batch: TokenBatch) -> torch.Tensor:
+def rows_of(path: str, batch: TokenBatch, logits: bool = False) -> torch.Tensor:
     """Log-probabilities over the vocabulary of every column, from the plain model."""
     from posttrain.learner.model import load_model
 
     model = load_model(ModelConfig(path=path, dtype="float64"), train=False)
     parts = [batch.input_ids[batch.seq == i] for i in range(batch.num_sequences)]
     with torch.no_grad():
-        return torch.cat([torch.log_softmax(model(input_ids=ids[None]).logits[0], -1) for ids in parts])
+        rows = torch.cat([model(input_ids=ids[None]).logits[0] for ids in parts])
+    return rows if logits else torch.log_softmax(rows, -1)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -71,7 +72,7 @@ def test_scores_are_the_teachers_own(tiny: str, teacher: str, batch: TokenBatch,
 
 def test_columns_compare_with_base_and_teacher_in_one_forward(tiny: str, teacher: str, batch: TokenBatch) -> None:
     one = engine(tiny, teacher, objective())
-    names = ["kl_reverse:teacher", "kl_forward:teacher", "jsd_0.3:teacher", "kl_forward:base", "entropy", "jsd_0.5:base", "logp_greedy"]
+    names = ["kl_reverse:teacher", "kl_forward:teacher", "jsd_0.3:teacher", "kl_forward:base", "entropy", "jsd_0.5:base", "logp_greedy", "logsumexp"]
     _, found = forward(one.module, batch, columns=names, only_trainable=False, base_model=one.core.base, teacher_model=one.core.teacher)
     p, q = rows_of(tiny, batch), rows_of(teacher, batch)
     m = torch.log(0.3 * q.exp() + 0.7 * p.exp())
@@ -82,6 +83,7 @@ def test_columns_compare_with_base_and_teacher_in_one_forward(tiny: str, teacher
         "kl_forward:base": torch.zeros(batch.num_tokens, dtype=torch.float64),
         "entropy": -(p.exp() * p).sum(1),
         "logp_greedy": p.max(1).values,
+        "logsumexp": rows_of(tiny, batch, logits=True).logsumexp(1),
         "jsd_0.5:base": torch.zeros(batch.num_tokens, dtype=torch.float64),
     }
     assert set(found) == set(names)

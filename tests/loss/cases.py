@@ -51,12 +51,13 @@ class Data:
 
 
 def columns(objective: Objective, rows: Tensor) -> dict[str, Tensor]:
-    """The full-vocabulary columns an objective needs, from log-probabilities ``[N, V]``; base and teacher are fixed other distributions."""
+    """The full-vocabulary columns an objective needs, from log-probabilities ``[N, V]``; base and teacher are fixed other distributions.
+    Logits are the log-probabilities plus half the first of them, whose log-sum-exp is that half."""
     p, out = rows.exp(), {}
     for name in objective.needs.columns:
         kind, _, to = name.partition(":")
         if not to:
-            out[name] = {"entropy": -(p * rows).sum(1), "logp_greedy": rows.max(1).values}[kind]
+            out[name] = {"entropy": -(p * rows).sum(1), "logp_greedy": rows.max(1).values, "logsumexp": rows[:, 0] / 2}[kind]
             continue
         logq = {"base": naive.base_row, "teacher": naive.teacher_row}[to](rows.shape[1])
         if kind == "kl_reverse":
