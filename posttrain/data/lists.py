@@ -27,6 +27,7 @@ def to_lists(
     """
     report, unique, groups = Report("lists"), Unique(), []
     for number, row in enumerate(rows):
+        row = {**row, **{key: value for key, value in (row.get("meta") or {}).items() if key in ("prompts", "labels")}}
         own = "prompts" in row
         need(row, number, ("prompts" if own else "prompt", "completions", "scores"), "a scored list")
         name = row_id(row, "prompts" if own else "prompt", "completions", "tools")
