@@ -253,7 +253,8 @@ def about() -> str:
         f"Twelve trained and twelve held-out prompts of three families; the start is right with probability 0.36, 0.04 and 0.0001. The demonstrations, four a prompt, are wrong in "
         f"a fifth of cases and nobody is told which. Every arm has {STEPS} optimizer updates of plain gradient descent (ReLIFT's imitation steps come on top), and nine settings of its "
         "rate and of one knob of its own were tried for it on seeds 100 to 107, by success on held-out prompts; the two stages of SFT, then RL, and of distillation, then RL, have a rate "
-        "each. An update on demonstrations alone costs 12 texts and no rollout, so SFT, then RL, has the smaller budget in rollouts. KDRL and on-policy distillation see the expert's "
+        "each, which they were given after a first look at that arm; nearly all arms end at the highest rate of the grid, 180. "
+        "An update on demonstrations alone costs 12 texts and no rollout, so SFT, then RL, has the smaller budget in rollouts. KDRL and on-policy distillation see the expert's "
         "probabilities, the others its texts. The length of a run and the optimizer were chosen so that arms do not all end at 1 (with Adam, or with more updates, nearly all do): what is "
         "measured is speed in a world without a price on large steps. In it, an equally tuned SFT, then RL, ends above LUFFY, CHORD-phi, SRFT, Prefix-RFT and KDRL, and below a static "
         "mixture, HPT, CHORD-mu, ReLIFT and ViSurf; the order may be another elsewhere.",
