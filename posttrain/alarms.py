@@ -18,8 +18,8 @@ Row = Mapping[str, float]
 class Rule(Protocol):
     """``name``, ``when`` and ``advice`` are shown to people.  Calling it with the rows so far, newest last, gives the observation or ``None``."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...
     @property
     def when(self) -> str: ...
     @property

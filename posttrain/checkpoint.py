@@ -95,8 +95,9 @@ async def write(root: Path, step: int, fill: Callable[[Path], Awaitable[None]], 
         shutil.rmtree(temporary, ignore_errors=True)
         kept = newest(root)
         reason = getattr(error, "cause", None) or error
+        free = f" ({shutil.disk_usage(root).free / 2**20:.0f} MiB are free there)" if root.is_dir() else ""
         raise OSError(
-            f"the checkpoint of step {step} could not be written to {root}: {reason}. "
+            f"the checkpoint of step {step} could not be written to {root}{free}: {reason}. "
             + (f"The one of step {kept[0]} is whole. " if kept else "There is no earlier one. ")
             + "Free some disk space or set run_dir to another disk, then run the same command with resume=auto"
         ) from error

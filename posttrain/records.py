@@ -315,12 +315,12 @@ class TokenBatch:
 
         Raises ``ValueError`` naming the sequence and the field when lengths disagree or a value is out of range.
         """
-        rows = [row if isinstance(row, Row) else Row(**row) for row in rows]
-        names = sorted({name for row in rows for name in row.logps})
-        rewards = sorted({name for row in rows for name in row.rewards})
+        given = [row if isinstance(row, Row) else Row(**row) for row in rows]
+        names = sorted({name for row in given for name in row.logps})
+        rewards = sorted({name for row in given for name in row.rewards})
         col: dict[str, list[Any]] = {k: [] for k in _TOKEN_FIELDS}
         logps: dict[str, list[float]] = {name: [] for name in names}
-        for index, row in enumerate(rows):
+        for index, row in enumerate(given):
             length = len(row.ids)
             if length == 0:
                 raise ValueError(f"sequence {index} ({row.sample_id!r}) has no tokens")
@@ -354,7 +354,7 @@ class TokenBatch:
             for name in names:
                 values = row.logps.get(name)
                 logps[name] += [math.nan] * (length - 1) if values is None else _per_token(values, length, f"logps[{name!r}]", index)[1:]
-        ints = {k: torch.tensor(col[k], dtype=torch.int64) for k in _TOKEN_FIELDS if k not in ("trainable", "advantage", "weight")}
+        ints: dict[str, Any] = {k: torch.tensor(col[k], dtype=torch.int64) for k in _TOKEN_FIELDS if k not in ("trainable", "advantage", "weight")}
         sides = {"chosen": 1, "rejected": -1, None: 0}
         return cls(
             **ints,
@@ -362,13 +362,13 @@ class TokenBatch:
             advantage=torch.tensor(col["advantage"], dtype=dtype),
             weight=torch.tensor(col["weight"], dtype=dtype),
             logps={name: torch.tensor(values, dtype=dtype) for name, values in logps.items()},
-            group=torch.tensor(_codes([r.group for r in rows]), dtype=torch.int64),
-            pair=torch.tensor(_codes([r.pair for r in rows]), dtype=torch.int64),
-            side=torch.tensor([sides[r.side] for r in rows], dtype=torch.int64),
-            rewards={name: torch.tensor([r.rewards.get(name, math.nan) for r in rows], dtype=dtype) for name in rewards},
-            sample_ids=tuple(r.sample_id or str(i) for i, r in enumerate(rows)),
-            finish=tuple(r.finish for r in rows),
-            contexts=tuple(r.context for r in rows),
+            group=torch.tensor(_codes([r.group for r in given]), dtype=torch.int64),
+            pair=torch.tensor(_codes([r.pair for r in given]), dtype=torch.int64),
+            side=torch.tensor([sides[r.side] for r in given], dtype=torch.int64),
+            rewards={name: torch.tensor([r.rewards.get(name, math.nan) for r in given], dtype=dtype) for name in rewards},
+            sample_ids=tuple(r.sample_id or str(i) for i, r in enumerate(given)),
+            finish=tuple(r.finish for r in given),
+            contexts=tuple(r.context for r in given),
             progress=progress,
             fresh=fresh,
         )

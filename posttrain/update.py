@@ -122,7 +122,8 @@ class Learn:
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
         for one in filled:
             whole = one.whole.replace(totals=self.objective.totals(one.whole), memory=self.objective.memory_for_parts(self.memory))
-            weights, overall, current = None, {}, None
+            overall: dict[str, Any] = {}
+            weights, current = None, None
             if "entropy" in needs.references:
                 current, entropy = await self._certainty(one, whole)
                 whole = whole.with_logps(entropy=entropy)

@@ -54,8 +54,8 @@ def to_pairs(
         shared = good.prompt_ids[: shared_length(good.prompt_ids, bad.prompt_ids)]
         asked = row_id({**row, "prompt": prompt}, "prompt", "messages", "tools")
         record = make_prompt(asked, shared, prompt, row)
-        sides = zip((good, bad), SIDES, strict=True)
-        pairs.append(Pair(key, *(Demo(f"{key}/{what}", e.segments(), weight, record, rewards_of(row, what)) for e, what in sides)))
+        kept = zip((good, bad), SIDES, strict=True)
+        pairs.append(Pair(key, *(Demo(f"{key}/{what}", e.segments(), weight, record, rewards_of(row, what)) for e, what in kept)))
     if unique.repeated:
         report.events["repeated_ids"] = unique.repeated
     report.check()

@@ -40,7 +40,7 @@ class Sampler:
 
     def next(self, count: int) -> list[int]:
         """The next ``count`` indices.  An index occurs twice in one call only when ``count`` reaches over the end of an epoch."""
-        out = []
+        out: list[int] = []
         passed = 0
         while len(out) < count:
             item = self._advance()
