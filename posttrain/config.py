@@ -429,7 +429,7 @@ def check(config: RunConfig) -> None:
         comparing = sorted(n for n, r in config.reward.fn.items() if getattr(r, "compares", False))
         require(
             not comparing or rollout.n > 1,
-            f"rollout.n={rollout.n}: reward.fn.{comparing[0] if comparing else ''} compares the answers to one prompt; set rollout.n to 2 or more, or its against=reference",
+            f"rollout.n={rollout.n}: reward.fn.{comparing[0] if comparing else ''} compares the answers to one prompt; set rollout.n to 2 or more, or a judge's against=reference",
         )
         given = getattr(config.mixture.gate, "uses_demos", False)
         require(not making or given or rollout.n > 1, f"rollout.n={rollout.n}: the best answer to a prompt needs a worst; set rollout.n to 2 or more")
@@ -456,7 +456,7 @@ def check(config: RunConfig) -> None:
         alone = sorted(n for n, r in config.reward.fn.items() if getattr(r, "compares", False)) if config.eval.n == 1 else []
         require(
             not alone,
-            f"eval.n=1: reward.fn.{''.join(alone[:1])} compares the answers to one prompt; set eval.n to 2 or more, its against=reference, or no evaluation",
+            f"eval.n=1: reward.fn.{''.join(alone[:1])} compares the answers to one prompt; set eval.n to 2 or more, a judge's against=reference, or no evaluation",
         )
 
 

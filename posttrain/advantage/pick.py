@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from posttrain.advantage.group import _value, _variance, _with, rewards_of
-from posttrain.records import Group
+from posttrain.advantage.group import GroupAdvantage, _value, _variance, _with, rewards_of
+from posttrain.records import Group, Rollout
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,46 @@ class Extremes:
         order = sorted(usable, key=lambda i: -group.rollouts[i].reward)  # type: ignore[operator]
         kept = {*order[: self.best], *order[len(order) - min(self.worst, len(order)) :]}
         return replace(group, rollouts=tuple(r if i in kept else replace(r, advantage=None) for i, r in enumerate(group.rollouts)))
+
+
+@dataclass(frozen=True)
+class Among:
+    """Only ``keep`` answers of a group are compared and learnt from: the shortest, or those with the most reward per token; the others leave the step.
+
+    Equation: ``A_i = inner(kept answers)_i`` for the kept ones, nothing for the others.
+    Source: GFPO, arXiv 2508.09726 (statistics over the kept answers; that the others leave the denominators too is our reading).
+
+    ``inner``: the estimator.  ``keep``: how many.  ``by``: ``length`` or ``reward_per_token``.  Ties are broken by the order of sampling.
+
+    Wrong when: right answers are long: the short ones that are kept are then all wrong, and teach nothing.
+    """
+
+    inner: Any = field(default_factory=GroupAdvantage)
+    keep: int = 4
+    by: Literal["length", "reward_per_token"] = "length"
+    needs_group = True
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise ValueError(f"Among: keep={self.keep} must be at least 2, which are compared")
+        if self.by not in ("length", "reward_per_token"):
+            raise ValueError(f"Among: by={self.by!r} does not exist; choose length or reward_per_token")
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        kept = self.inner([replace(g, rollouts=self._kept(g)) for g in groups])
+        return [self._back(whole, part) for whole, part in zip(groups, kept, strict=True)]
+
+    def _kept(self, group: Group) -> tuple[Rollout, ...]:
+        rewards_of(group)
+        usable = [r for r in group.rollouts if r.reward is not None]
+        cost = {"length": lambda r: r.num_tokens, "reward_per_token": lambda r: -r.reward / max(r.num_tokens, 1)}[self.by]
+        chosen = {r.sample_id for r in sorted(usable, key=cost)[: self.keep]}
+        return tuple(r for r in group.rollouts if r.sample_id in chosen)
+
+    @staticmethod
+    def _back(whole: Group, part: Group) -> Group:
+        found = {r.sample_id: r for r in part.rollouts}
+        return replace(part, rollouts=tuple(found.get(r.sample_id, replace(r, advantage=None)) for r in whole.rollouts))
 
 
 @dataclass

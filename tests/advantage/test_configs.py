@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 import posttrain
 from posttrain.advantage import (
+    Among,
     BatchScale,
     BatchWhiten,
     BestMinusSecond,
@@ -32,6 +33,7 @@ from posttrain.advantage.shape import Diverse, ScaleBy, TailRisk, TrustMix
 
 FOLDER = Path(posttrain.__file__).parents[1] / "configs" / "advantage"
 EXPECTED = {
+    "shortest": Among(),
     "group_norm": GroupAdvantage(),
     "group_center": GroupAdvantage(scale="none"),
     "loo": GroupAdvantage("loo", "none", singleton="error"),

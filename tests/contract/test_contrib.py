@@ -13,6 +13,7 @@ import pytest
 
 from posttrain import contrib
 from posttrain.contrib.classification import GroupClassification
+from posttrain.contrib.constrained import DriftDiscounted
 from posttrain.contrib.contrast import MatrixContrast
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
@@ -48,6 +49,7 @@ VARIANTS: dict[str, list[Any]] = {
     "classification.GroupClassification": [GroupClassification("base", 2.0)],
     "contrast.MatrixContrast": [MatrixContrast("label", "reward", "label", "logp_mean"), MatrixContrast("reward", "label", "label")],
     "soft_q.TemporalDifference": [TemporalDifference(Linear(0.5, 1.0), 0.5)],
+    "constrained.DriftDiscounted": [DriftDiscounted(Linear(1.0, 5.0), 1.0), DriftDiscounted(2.0, center=False)],
     "covariance.CovarianceDrop": [
         CovarianceDrop(0.3, -5.0, 5.0),
         CovarianceDrop(0.3, -1.0, Linear(0.5, 1.0), clip=mask.RatioClip(0.01, 0.01)),
@@ -80,6 +82,7 @@ VARIANTS: dict[str, list[Any]] = {
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "contrast.MatrixContrast": {"rows": ["reward"], "columns": ["label"], "right": ["label"], "score": ["logp_mean"]},
     "soft_q.TemporalDifference": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()], "gamma": [0.5]},
+    "constrained.DriftDiscounted": {"most": [0.5], "of": ["label"], "to": ["old"], "limit": [1.0, 3.0]},
     "guided.AdvantageSaturating": {"low": [-0.5], "high": [0.5], "most": [1.0, 1.5], "at_low": [-0.7], "at_high": [0.7]},
     "guided.DropImprobable": {"min": [0.3, 0.6]},
     "supervised.OwnLabel": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},

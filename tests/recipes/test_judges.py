@@ -43,3 +43,14 @@ def test_a_frozen_judge_of_pairs_beside_a_verdict_in_words_that_nobody_can_read(
         assert row["reward/mean"] == pytest.approx(0.5) and row["reward/std"] > 0 and row["mixture/pairs"] == 4.0
         assert row["reward/words/error"] == 12.0 and row["reward/words/ok"] == 0.0
     assert all(abs(r["reward"] - 0.5) < 0.5 and "cannot be read" in r["failed"]["words"] for r in completions(run))
+
+
+def test_a_mixture_of_judges_with_constraints(tmp_path: Path) -> None:
+    """The grade, calibrated against the data's answer, is worth nothing where the constraint's judge says no; the drift is 0 at first."""
+    words = ["recipe=grpo", "loss=cgpo", "advantage=reward", "reward=constrained_judges", "reward.combine.gates.honest=0.5"]
+    run = train(tmp_path, *words, *SMALL, *WORLD, *SIZES, "steps=1")
+    (row,) = run.rows
+    assert row["reward/judge/ok"] == row["reward/honest/ok"] == 12.0 and row["rollouts/tokens"] > 0
+    for r in completions(run):
+        assert 0 < r["scores"]["judge"] < 1 and 0 < r["scores"]["honest"] < 1
+        assert r["reward"] == (r["scores"]["judge"] if r["scores"]["honest"] >= 0.5 else 0.0)

@@ -59,6 +59,11 @@ async def test_story(pool, twin):
     assert tokens(groups) == {s.id: list(s.ids) for s in local}
     assert {r.version for g in groups for r in g.rollouts} == {version}
 
+    # the log-probs of given tokens are those of the same engine in this process, whichever engine is asked
+    given = [[*p.ids, 11, 12 + i] for i, p in enumerate(asked)]
+    rows, expected = await pool.logprobs(given), twin.engine.logprobs(given)
+    assert [row[1:] for row in rows] == [pytest.approx(row[1:], abs=1e-5) for row in expected] and await pool.logprobs([]) == []
+
     # a bit flipped on the way is refused, and the next publish repairs it
     name = "model.layers.0.mlp.up_proj.weight"
     damaged = {k: v.clone() for k, v in weights.items()}
