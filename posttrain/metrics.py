@@ -59,6 +59,9 @@ FAMILIES: dict[str, list[Metric]] = {
         reward/{reward}/mean | mean | valid scores | reward | one reward function's own value
         reward/{reward}/min | mean | steps | reward | its smallest value in the step
         reward/{reward}/max | max | | reward | its largest value in the step
+        reward/{reward}/{part}/mean | mean | valid scores | reward | a further number of a reward that returns several
+        reward/{reward}/{part}/min | mean | steps | reward | its smallest value in the step
+        reward/{reward}/{part}/max | max | | reward | its largest value in the step
         advantage/abs | mean | rollouts | advantage | mean absolute advantage
         advantage/dead | mean | rollouts | share | rollouts whose advantage is exactly 0
         advantage/dead_groups | mean | groups | share | groups of several with equal rewards

@@ -224,7 +224,7 @@ class Objective:
     def needs(self) -> Needs:
         terms = self._all_terms
         references = frozenset().union(*(declared(t, "needs") for t in terms))
-        columns = frozenset(c for t in terms if (c := declared(t, "column")) is not None)
+        columns = frozenset(c for t in self.regularizers.values() if (c := declared(t, "column")) is not None)
         live = [t for t in terms if declared(t, "live")]
         coupling = max((declared(t, "coupling") for t in live), key=COUPLINGS.index, default="token")
         temperature = next((s.likelihood.temperature for s in self.streams.values()), 1.0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, load, mask, reference, regularizer
 from posttrain.records import Row, TokenBatch
@@ -207,3 +210,18 @@ def test_masks_stack() -> None:
     none = Objective({"a": stream()}).weights(batch)
     used = none != 0
     torch.testing.assert_close(both.weights(batch)[used], (alone[0] * alone[1] / none)[used])
+
+
+def test_a_setting_called_column_asks_for_no_full_vocabulary_column() -> None:
+    """Only a regulariser's ``column`` is one that the forward must deliver; a mask may have a setting of that name."""
+
+    @dataclass(frozen=True)
+    class Named:
+        column: str = "reward"
+
+        def factor(self, view: Any, given: Tensor) -> Tensor:
+            return torch.ones_like(view.logp)
+
+    plain = load("grpo")
+    stream = replace(plain.streams["rollouts"], masks={"named": Named()})
+    assert replace(plain, streams={"rollouts": stream}).needs.columns == frozenset()
