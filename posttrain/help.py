@@ -24,6 +24,7 @@ GROUPS = {
     "mixture": "which data a step uses",
     "loss": "the objective",
     "learner": "optimizer, sharding, batch",
+    "critic": "a second model that says what states are worth",
     "sync": "how new weights reach the engines",
     "cluster": "this machine, its GPUs, or a Ray cluster",
     "tracking": "where metrics go beside metrics.jsonl",
