@@ -136,7 +136,7 @@ def test_nothing_left_is_an_error_with_the_reasons(tiny: str) -> None:
 
 
 def test_a_critic_values_first_and_learns_after(tiny: str) -> None:
-    """Its values are those before its step, whatever the cut; the returns it is drawn towards are reward minus nothing with lambda 1; warm-up leaves the
+    """Its values are those before its step, whatever the cut; with lambda 1 it is drawn towards the rewards themselves; warm-up leaves the
     policy alone."""
     goal, own = load("ppo_gae", ["streams.rollouts.advantage.inner.lam=1.0", "streams.rollouts.advantage.inner.coef=0.0"]), load("value")
 
@@ -156,6 +156,7 @@ def test_a_critic_values_first_and_learns_after(tiny: str) -> None:
     (policy, critic), metrics = run(10_000, warmup=1)
     assert close(policy, start) and close(critic, critic_cut) and "learner/grad_norm" not in metrics
     rewards = [r.advantage for g in groups() for r in g.rollouts for _ in range(r.num_tokens)]
-    mean_return = metrics["critic/score"] + sum(rewards) / len(rewards) - metrics["critic/score"]
-    assert metrics["critic/value_error"] == pytest.approx(sum(a * a for a in rewards) / len(rewards), abs=0.1 + abs(mean_return))
+    # with lambda 1 the return of every token is the reward of its answer; a new critic says next to nothing
+    assert metrics["critic/value_error"] == pytest.approx(sum(a * a for a in rewards) / len(rewards), rel=0.3)
+    assert abs(metrics["critic/score"]) < 0.3
     assert run(10_000, updates=2)[1]["critic/tokens"] == metrics["critic/tokens"]
