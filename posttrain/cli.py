@@ -189,14 +189,20 @@ def compose_choice(group: str, name: str, build: bool = False) -> Any:
 
 
 def compose_loss(name: str, overrides: Sequence[str] = ()) -> Any:
-    """The composed objective of ``configs/loss/NAME.yaml``, with overrides relative to it (``streams.rollouts.masks.clip.low=0.1``)."""
+    """The composed objective of ``configs/loss/NAME.yaml``, with overrides relative to it (``streams.rollouts.masks.clip.low=0.1``).
+
+    What a loss takes from the rest of a run (the number of steps, the longest answer) has the value that the file gives for its absence."""
+    import warnings
+
     from omegaconf import OmegaConf
 
     known = pages.groups()["loss"]
     if name not in known:
         raise ConfigError(f"no loss {name!r}{did_you_mean(name, known)}" + f"; available: {listing(known)}")
     full = [o if o.startswith("~") else f"++loss.{o.lstrip('+')}" for o in overrides]
-    composed = _compose("train", [f"loss={name}", *full])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Defaults list is missing")
+        composed = _compose(f"loss/{name}", full)
     with _readable():
         return _build(OmegaConf.to_container(composed.loss, resolve=True), "loss")
 

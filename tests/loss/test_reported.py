@@ -40,18 +40,27 @@ def case_value(name: str, data: Data) -> torch.Tensor:
     return CASES[name].objective(data.seqs)
 
 
-REPORTED = [n for n, c in CASES.items() if alone(c.load()) and n not in OTHERWISE and any(hasattr(s.advantage, "objective") for s in c.load().streams.values())]
+REPORTED = """
+dpo; cdpo; robust dpo; hinge; ipo; ipo with sums; dpo_norm; robust_dpo; dpo with soft labels; rso; kto; kto with weights; bco;
+bco_pair; implicit_prm; nca; nca of lists; info_nca; exo; exo of lists; sppo; simpo; alphapo; apo_zero; dpop; tr_dpo; online_dpo;
+online_ipo; spin; f_dpo; f_dpo, Jensen-Shannon; f_dpo, alpha divergence; aot; aot of sides; ld_dpo; discopop; step_apo; ids;
+reward_model; reward_model with margins of the pairs; process_reward_model; process_reward_model, squared; value; value, not clipped
+"""
+"""Cases whose loss is one number of one stream, by name: composing all objectives while tests are collected would take half a minute."""
 
 
-@pytest.mark.parametrize("name", [n for n in REPORTED if CASES[n].loss not in ("real", "sami")])
+@pytest.mark.parametrize("name", " ".join(REPORTED.split()).split("; "))
 def test_the_reported_loss_is_the_published_one(name: str) -> None:
     metrics, value = measured(name)
     (loss,) = (metrics[k] for k in LOSSES if k in metrics)
     assert PER_PAIR.get(name, 1.0) * loss == pytest.approx(-value, rel=1e-9)
 
 
-def test_most_preference_losses_are_among_them() -> None:
-    assert len(REPORTED) >= 35 and set(PER_PAIR) <= set(REPORTED) and set(CASES) >= OTHERWISE
+def test_no_loss_is_missing_among_them() -> None:
+    """A new one belongs on the list, or into ``OTHERWISE`` with its reason."""
+    named = set(" ".join(REPORTED.split()).split("; "))
+    there = {n for n, c in CASES.items() if c.loss not in ("real", "sami") and alone(c.load()) and any(hasattr(s.advantage, "objective") for s in c.load().streams.values())}
+    assert there - OTHERWISE == named and len(named) >= 35 and set(PER_PAIR) <= named and set(CASES) >= OTHERWISE
 
 
 @pytest.mark.parametrize("name", sorted(TOKENWISE))
