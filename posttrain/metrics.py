@@ -113,6 +113,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/good_score | mean | good answers | reward | implicit reward of the answers labelled good
         {stream}/bad_score | mean | bad answers | reward | implicit reward of the answers labelled bad
         {stream}/shift | mean | answers | reward | what labelled answers are compared with: the estimated KL, or the running mean
+        lookahead/{name} | mean | looks | slope | how much the utility would gain from more of a coefficient in the step before, as its controller scales it
         control/{name} | mean | optimizer steps | coefficient | a coefficient that follows a metric, as this step used it
         {stream}/{regularizer} | mean | tokens | nats per token | a regulariser's value: KL to a reference, entropy, ...
     """),

@@ -23,7 +23,7 @@ from posttrain.data.rows import to_rows
 from posttrain.data.scored import read_at
 from posttrain.loss.unified import Objective
 from posttrain.metrics import Accumulator
-from posttrain.mixture.control import recall, steer
+from posttrain.mixture.control import LookAhead, recall, steer
 from posttrain.records import Demo, TokenBatch
 
 
@@ -94,6 +94,13 @@ class Learn:
     critic: Critic | None = None
     memory: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        ahead = [name for name, control in self.objective.controls.items() if isinstance(control, LookAhead)]
+        if ahead and self.separate_demos:
+            raise ValueError(
+                f"the coefficient {ahead[0]!r} looks ahead over all streams at once, but mixture.gate takes the demonstrations in a step of their own"
+            )
+
     @property
     def state(self) -> dict[str, Any]:
         return {"memory": dict(self.memory)}
@@ -120,7 +127,7 @@ class Learn:
             plan += replace(self.packer, updates_per_batch=1).plan(later, coupling, progress=progress, fresh=not plan)
         await self._agreement(plan[0])
         filled = [await self._fill(one, len(plan) > 1) for one in plan]
-        for one in filled:
+        for index, one in enumerate(filled):
             whole = one.whole.replace(totals=self.objective.totals(one.whole), memory=self.objective.memory_for_parts(self.memory))
             overall: dict[str, Any] = {}
             weights, current = None, None
@@ -141,8 +148,9 @@ class Learn:
             if self.critic is None or step >= self.critic.warmup_batches:
                 micro = one.micro_batches(whole)
                 sliced = None if weights is None else [weights[whole.columns_of(p)] if p else torch.zeros(1) for p in one.parts()]
+                ahead = await self._look_ahead(step, micro, index == 0)
                 report = await self.learner.step(micro, sliced)
-                found = {**report.metrics, **overall}
+                found = {**report.metrics, **overall, **ahead}
                 totals.add({**found, **self._steer(found, whole.num_sequences)})
                 totals.add({f"learner/{k}": (float(v), 1.0) for k, v in report.scalars.items()})
             totals.add({f"pack/{k}": (v, 1.0) for k, v in one.stats.metrics().items()})
@@ -151,6 +159,20 @@ class Learn:
             await self.learner.move_base(self.base_mix)
             totals.add({"learner/base_moved": (1.0, 0.0)})
         return totals
+
+    async def _look_ahead(self, step: int, micro: Sequence[TokenBatch], first: bool) -> dict[str, tuple[float, float]]:
+        """The slope along every coefficient that looks ahead, which counts nothing in a step where none is measured.
+
+        Only the first optimizer step of a batch looks: its rollouts are those of the policy as it is.
+        """
+        out: dict[str, tuple[float, float]] = {}
+        for control in self.objective.controls.values():
+            if not isinstance(control, LookAhead):
+                continue
+            measure, keep = first and step > 0 and step % control.every == 0, first and (step + 1) % control.every == 0
+            found = await self.learner.look_ahead(micro, control.name, measure, keep) if measure or keep else {}
+            out[control.metric] = (found.get("slope", 0.0), float("slope" in found))
+        return out
 
     def _steer(self, metrics: Mapping[str, tuple[float, float]], sequences: int) -> dict[str, tuple[float, float]]:
         """Let the coefficients that follow a metric move on.  Returns the values this step was learnt with."""

@@ -137,6 +137,14 @@ class LearnerActor:
         self._now("idle")
         return add_metrics(parts), scalars
 
+    def look_ahead(self, micro: list[TokenBatch], name: str, measure: bool, keep: bool) -> dict[str, float]:
+        from posttrain.learner.lookahead import look_ahead
+
+        self._now(f"looking ahead for {name}")
+        found = look_ahead(self.engine, micro, name, measure, keep)
+        self._now("idle")
+        return found
+
     def publish(self, version: int, dtype: str, bucket_bytes: int) -> tuple[list[Any], dict[str, tuple[int, int]]] | None:
         """Rank 0 puts the weights into Ray's object store in ``dtype`` and returns references and fingerprint; the others only take part in
         gathering.  The references are held here until the next version, so that late engines find them."""
@@ -273,6 +281,12 @@ class LearnerGroup:
         answers = await self._gather("learning", calls)
         scalars = {**answers[0][1], "tokens": float(sum(b.num_tokens for b in micro)), "time_s": time.monotonic() - start}
         return StepReport(add_metrics([metrics for metrics, _ in answers]), scalars)
+
+    async def look_ahead(self, micro: Sequence[TokenBatch], name: str, measure: bool, keep: bool) -> dict[str, float]:
+        """``slope`` of the utility along the coefficient ``name``, when ``measure`` and a direction was kept; see :mod:`posttrain.learner.lookahead`."""
+        plan, padded = self._deal(micro)
+        calls = [a.look_ahead.remote([padded[i] for i in part], name, measure, keep) for a, part in zip(self.actors, plan, strict=True)]
+        return (await self._gather("looking ahead", calls))[0]
 
     def _deal(self, micro: Sequence[TokenBatch]) -> tuple[list[list[int]], list[TokenBatch]]:
         """The plan, and the micro-batches with empty ones appended until every rank has the same number."""

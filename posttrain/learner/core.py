@@ -52,6 +52,8 @@ class Core:
         self._base: PolicyModule | None = None
         self._teacher: PolicyModule | None = None
         self._base_moved = False
+        self.directions: dict[str, list[Tensor]] = {}
+        """What a coefficient that looks ahead changes in the gradient, by its name; see :mod:`posttrain.learner.lookahead`."""
 
     @property
     def base(self) -> PolicyModule | None:
@@ -88,6 +90,10 @@ class Core:
         if not self._base_moved or self._base is None:
             return None
         return {name: p.detach().cpu() for name, p in plain(self._base.model).named_parameters()}
+
+    def load_directions(self, saved: dict[str, list[Tensor]] | None) -> None:
+        """Put back the ``directions`` of a checkpoint."""
+        self.directions = {name: [part.to(self.device) for part in parts] for name, parts in (saved or {}).items()}
 
     @torch.no_grad()
     def load_base_state(self, saved: dict[str, Tensor] | None) -> None:

@@ -215,15 +215,16 @@ class DeepSpeedEngine:
     def save(self, path: str | Path) -> None:
         """This rank's float32 partition, optimizer state, step and random state."""
         tensors = checkpoint.pack(self._pieces(), self.optimizer) if self.stage or self.rank == 0 else {}
-        base = self.core.base_state() if self.rank == 0 else None
-        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors, "base": base})
+        shared = {"base": self.core.base_state(), "directions": self.core.directions} if self.rank == 0 else {}
+        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors, **shared})
 
     def load(self, path: str | Path) -> None:
         """Continue from :meth:`save`, bit for bit.  Raises ``ValueError`` when it was written under other settings."""
         found = checkpoint.read(path, self.rank, self._meta())
-        own = found if self.stage or self.rank == 0 else checkpoint.read(path, 0, self._meta())
-        checkpoint.unpack(own["tensors"], self._pieces(), self.optimizer)
-        self.core.load_base_state((found if self.rank == 0 else checkpoint.read(path, 0, self._meta())).get("base"))
+        shared = found if self.rank == 0 else checkpoint.read(path, 0, self._meta())
+        checkpoint.unpack((found if self.stage else shared)["tensors"], self._pieces(), self.optimizer)
+        self.core.load_base_state(shared.get("base"))
+        self.core.load_directions(shared.get("directions"))
         self._refresh_model()
         self.steps_taken = found["steps_taken"]
         checkpoint.restore_rng(found)

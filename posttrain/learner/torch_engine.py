@@ -131,8 +131,8 @@ class TorchEngine:
         tensors = {}
         if self.rank == 0:
             tensors = checkpoint.pack(list(self._masters()), self.optimizer)
-        base = self.core.base_state() if self.rank == 0 else None
-        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors, "base": base})
+        shared = {"base": self.core.base_state(), "directions": self.core.directions} if self.rank == 0 else {}
+        checkpoint.write(path, self.rank, self._meta(), {"steps_taken": self.steps_taken, "tensors": tensors, **shared})
 
     def load(self, path: str | Path) -> None:
         """Continue from :meth:`save`.  Raises ``ValueError`` naming what differs when the checkpoint was written under other settings."""
@@ -140,6 +140,7 @@ class TorchEngine:
         shared = found if self.rank == 0 else checkpoint.read(path, 0, self._meta())
         checkpoint.unpack(shared["tensors"], list(self._masters()), self.optimizer)
         self.core.load_base_state(shared.get("base"))
+        self.core.load_directions(shared.get("directions"))
         with torch.no_grad():
             for parameter, master in self.master.items():
                 if parameter is not master:

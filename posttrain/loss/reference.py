@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from posttrain.loss.view import TokenView
-from posttrain.mixture.schedule import Scalar
+from posttrain.mixture.control import Control
+from posttrain.mixture.schedule import OneMinus, Scalar
 
 
 @dataclass(frozen=True)
@@ -193,5 +194,9 @@ class Named:
 
 
 def number(value: Scalar) -> str:
-    """A number or schedule as text."""
+    """A number, the name of what learns it, or a schedule as text."""
+    if isinstance(value, OneMinus):
+        return f"(1 - {number(value.of)})"
+    if isinstance(value, Control):
+        return value.name
     return repr(value) if callable(value) else f"{value:g}"

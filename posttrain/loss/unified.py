@@ -186,7 +186,9 @@ class Objective:
         for term in self._all_terms:
             if declared(term, "remembers") and not (declared(term, "coupling") == "batch" and declared(term, "live")):
                 raise ValueError(f"{type(term).__name__} remembers, so it must see whole steps: declare coupling = 'batch' and live = True")
-        controls_in(self.controls)  # one name, two settings: an error now, not in the run
+        for control in self.controls.values():  # one name, two settings: an error now, not in the run
+            if hasattr(control, "fits"):
+                control.fits(self)
         heads = {(declared(s.likelihood, "head"), getattr(s.likelihood, "at", None)) for s in self.streams.values()}
         if len(heads) > 1:
             raise ValueError("all streams share one forward, so one head, read at one place: give all of them the same likelihood.Score, or none")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from posttrain.mixture.control import Control, recall
-from posttrain.mixture.schedule import Scalar, at
+from posttrain.mixture.control import now
+from posttrain.mixture.schedule import Scalar
 from posttrain.records import StreamTotals, TokenBatch, Totals
 
 Metrics = dict[str, tuple[float, float]]
@@ -45,9 +45,7 @@ class TokenView:
     # -- scalars and columns -------------------------------------------------------------------------------------------
     def at(self, value: Scalar) -> float:
         """A coefficient now: a number as it is, a schedule at this step's progress, a controller where the steps before have led it."""
-        if isinstance(value, Control):
-            return value.value(recall(value, self.batch.memory))
-        return at(value, self.batch.progress)
+        return now(value, self.batch.progress, self.batch.memory)
 
     def select(self, values: Tensor, otherwise: float = 0.0) -> Tensor:
         """``values`` on the stream's tokens, a constant elsewhere; never ``0 * NaN``."""

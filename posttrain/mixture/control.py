@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from posttrain.mixture.schedule import OneMinus, Scalar, at
 
 Pairs = Mapping[str, tuple[float, float]]
 
@@ -34,6 +36,20 @@ def recall(control: Control, memory: Mapping[str, float]) -> dict[str, float]:
     """A controller's state in ``batch.memory``, or the one it begins with."""
     begin = control.begin()
     return {key: float(memory.get(_key(control, key), start)) for key, start in begin.items()}
+
+
+def now(value: Scalar | Control, progress: float, memory: Mapping[str, float]) -> float:
+    """A coefficient now: a number as it is, a schedule at ``progress``, a controller where the steps before have led it."""
+    if isinstance(value, OneMinus):
+        return 1.0 - now(value.of, progress, memory)
+    if isinstance(value, Control):
+        return value.value(recall(value, memory))
+    return at(value, progress)
+
+
+def pinned(control: Control, value: float) -> dict[str, float]:
+    """What to put into ``batch.memory`` for a controller to stand at ``value``."""
+    return {_key(control, "value"): value}
 
 
 def steer(controls: Mapping[str, Control], memory: Mapping[str, float], metrics: Pairs, sequences: int) -> dict[str, float]:
@@ -165,6 +181,93 @@ class Threshold:
 
     def value(self, state: Mapping[str, float]) -> float:
         return state["value"] if state["below"] or not self.only_below else 0.0
+
+    def __call__(self, progress: float) -> float:
+        return self.init
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """A blend that learns: it goes where the step before should have gone for the utility to be higher now.
+
+    Equation: ``mu <- clip(mu + rate * dU/dmu + entropy_sign * entropy_rate * (H* - H), low, high)``, with ``dU/dmu`` of ``posttrain.learner.lookahead``.
+    Source: the meta-gradient controller of AMFT, arXiv 2508.06944.  The arXiv listing says that the paper is under investigation and that its authors
+    asked to withdraw it, and its code is gone, so this is our reading of it and nothing is claimed for it.
+
+    ``name``: under which it is remembered.  ``init``, ``low``, ``high``: of mu.  ``rate``: how far a look moves it.  ``every``: steps between
+    two looks, each of which costs two backward passes and keeps one copy of the gradient.  ``utility``: the stream that is to do well; its next, unseen
+    batch stands for the validation set.  ``scale``: ``product`` is ``lr * <dU, v>``, the derivative of a plain gradient step and with Adam an
+    approximation, whose size depends on the model; ``cosine`` divides by both norms (ours).  ``entropy_rate``: 0 leaves the entropy out; ``entropy_sign``: +1
+    lowers mu while the entropy is above ``H*``, as published, -1 raises it, as a secondary source reads it.  ``entropy``: the metric.  ``warmup``: looks
+    whose mean entropy is ``H*``.
+
+    Wrong when: the steps are so noisy that two gradients of successive batches are orthogonal: mu then does a random walk between its bounds.
+    """
+
+    name: str
+    init: float = 0.5
+    rate: float = 0.01
+    every: int = 10
+    low: float = 0.0
+    high: float = 1.0
+    utility: str = "rollouts"
+    scale: Literal["product", "cosine"] = "cosine"
+    entropy_rate: float = 0.0
+    entropy_sign: int = 1
+    entropy: str = "rollouts/entropy"
+    warmup: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.low <= self.init <= self.high <= 1.0:
+            raise ValueError(
+                f"control.LookAhead: init={self.init} must lie between low={self.low} and high={self.high}, and these between 0 and 1"
+            )
+        if self.rate < 0 or self.entropy_rate < 0 or self.every < 1 or self.warmup < 1:
+            raise ValueError(
+                f"control.LookAhead: rate={self.rate} and entropy_rate={self.entropy_rate} must not be negative, every={self.every} and warmup={self.warmup} "
+                "at least 1"
+            )
+        if self.entropy_sign not in (1, -1):
+            raise ValueError(f"control.LookAhead: entropy_sign={self.entropy_sign} is +1 (as published) or -1")
+        if self.scale not in ("product", "cosine"):
+            raise ValueError(f"control.LookAhead: scale={self.scale!r} does not exist; choose product or cosine")
+
+    @property
+    def metric(self) -> str:
+        return f"lookahead/{self.name}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric, self.entropy) if self.entropy_rate else (self.metric,)
+
+    def fits(self, objective: Any) -> None:
+        """Raises ``ValueError`` when the objective's gradient along this coefficient cannot be formed one micro-batch at a time."""
+        needs = objective.needs
+        if self.utility not in objective.streams:
+            raise ValueError(
+                f"controller {self.name!r}: there is no stream utility={self.utility!r}; the objective has {', '.join(objective.streams)}"
+            )
+        if self.name not in controls_in(objective.streams):
+            raise ValueError(f"controller {self.name!r} looks ahead, so it must stand in the coefficient of a stream, not of a regulariser")
+        if needs.keep_whole or needs.head != "lm" or needs.contexts or "entropy" in needs.references:
+            raise ValueError(
+                f"controller {self.name!r} looks ahead one micro-batch at a time, and this objective's terms read more than that (whole groups or batches, "
+                "other contexts, a scalar head, the entropy); use a schedule for the coefficient, or other terms"
+            )
+
+    def begin(self) -> dict[str, float]:
+        return {"value": self.init, "entropy": 0.0, "looks": 0.0}
+
+    def step(self, state: Mapping[str, float], measured: Any, sequences: int) -> dict[str, float]:
+        moved, total, looks = self.rate * measured[0], state["entropy"], state["looks"]
+        if self.entropy_rate and looks < self.warmup:
+            total, looks = total + measured[1], looks + 1
+        elif self.entropy_rate:
+            moved += self.entropy_sign * self.entropy_rate * (total / looks - measured[1])
+        return {"value": min(max(state["value"] + moved, self.low), self.high), "entropy": total, "looks": looks}
+
+    def value(self, state: Mapping[str, float]) -> float:
+        return state["value"]
 
     def __call__(self, progress: float) -> float:
         return self.init

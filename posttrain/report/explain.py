@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posttrain.config import RunConfig
+from posttrain.loss.reference import number
 from posttrain.loss.unified import Objective, Stream, declared
 from posttrain.report.notes import Notes, source_of
 
@@ -72,6 +73,7 @@ def explain(
         lines += ["", f"  {name}: {_formula(term)}", f"    on {', '.join(on) if on else 'every stream'}, summed with {scale}"]
     if advantage is not None:
         lines += ["", f"  A: {_short(advantage)}"]
+    lines += [line for name, control in objective.controls.items() for line in ("", f"  coefficient {name}: follows {control.metric}, {_short(control)}")]
     lines += ["", "sources", *_sources(objective, notes)]
     lines += ["", "needs", *_needs(objective)]
     if run is not None or facts:
@@ -93,7 +95,7 @@ def _head(objective: Objective) -> str:
 
 
 def _title(name: str, stream: Stream) -> str:
-    return name if stream.coef == 1.0 else f"{_number(stream.coef)} * {name}"
+    return name if stream.coef == 1.0 else f"{number(stream.coef)} * {name}"
 
 
 def _gradient(stream: Stream) -> str:
@@ -105,8 +107,6 @@ def _stream(name: str, stream: Stream) -> list[str]:
     which = {None: "", True: ", in a preference pair", False: ", not in a preference pair"}[stream.paired]
     which += f", {stream.side}" if stream.side else ""
     which += f", scored under {stream.context!r}" if stream.context else ""
-    which += f", {stream.side} side" if stream.side else ""
-    which += f", scored under {stream.context}" if stream.context else ""
     rows = {"likelihood": stream.likelihood, "reference": stream.reference, "advantage": stream.advantage}
     rows |= {f"mask {k}": m for k, m in stream.masks.items()} or {"mask": None}
     rows |= {"aggregation": stream.aggregation}

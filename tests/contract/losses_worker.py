@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posttrain.config import LearnerConfig, ModelConfig
+from posttrain.learner.lookahead import look_ahead
 from posttrain.loss import Objective, load
 from posttrain.records import TokenBatch
 
@@ -109,6 +110,18 @@ def learn(engine: Any, objective: Objective, batch: TokenBatch, parts: list[list
     return gradient(engine).clone()
 
 
+AHEAD = "amft, along mu"
+"""The name of what :func:`along` found."""
+
+
+def along(engine: Any, objective: Objective, batch: TokenBatch, parts: list[list[int]], rank: int, world_size: int) -> Tensor:
+    """What the coefficient of ``amft`` changes in the gradient, all tensors in one row."""
+    engine.core.objective = objective
+    whole = batch.replace(totals=objective.totals(batch))
+    look_ahead(engine, [whole.take(part) for part in parts[rank::world_size]], "mu", measure=False, keep=True)
+    return torch.cat([part.flatten() for part in engine.core.directions["mu"]])
+
+
 def main(rank: int, world_size: int, rendezvous: str, folder: Path) -> None:
     from transformers.utils import logging
 
@@ -126,6 +139,8 @@ def main(rank: int, world_size: int, rendezvous: str, folder: Path) -> None:
                 parts = deal(batch.num_sequences, name, stage, world_size)
                 try:
                     found[name] = learn(engine, objective, batch, parts, rank, world_size)
+                    if name == "amft" and stage < 3:
+                        found[AHEAD] = along(engine, objective, batch, parts, rank, world_size)
                 except Exception as error:
                     print(f"rank {rank}, stage {stage}, {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     raise

@@ -64,6 +64,8 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[s
     truth = {
         name: worker.learn(engines[goal.needs.head], goal, b, [list(range(b.num_sequences))], 0, 1) for name, (goal, b) in batches.items()
     }
+    ahead, b = batches["amft"]
+    truth[worker.AHEAD] = worker.along(engines["lm"], ahead, b, [list(range(b.num_sequences))], 0, 1)
     torch.save(batches, folder / "batches.pt")
     env = {
         **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
@@ -98,6 +100,15 @@ def test_ranks_and_stages_do_not_change_the_gradient(gradients: tuple[dict[str, 
     assert float(truth[name].norm()) > 1e-12, "nothing to compare"  # a tenth power of a small probability is tiny
     for stage, ours in found.items():
         assert distance(ours[name], truth[name]) < TOLERANCE, f"ZeRO stage {stage}, {WORLD} ranks"
+
+
+def test_ranks_and_stages_do_not_change_what_a_coefficient_does(gradients: tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]) -> None:
+    """The direction of a coefficient that looks ahead; ZeRO-3 has no whole gradients and is refused."""
+    truth, found = gradients
+    assert [stage for stage, ours in found.items() if worker.AHEAD in ours] == [0, 1, 2]
+    for ours in (found[stage] for stage in (0, 1, 2)):
+        assert distance(ours[worker.AHEAD], truth[worker.AHEAD]) < TOLERANCE
+    assert distance(truth[worker.AHEAD], truth["amft"]) > 0.1
 
 
 def test_a_mean_of_means_is_caught(gradients: tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ import torch
 from posttrain.data.pack import Packer
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, reference, regularizer
 from posttrain.loss import load as load_loss
-from posttrain.mixture.control import Proportional, Threshold, controls_in, recall, steer
-from posttrain.records import Group, Prompt, Rollout, Segment, Source, TokenBatch
+from posttrain.mixture.control import LookAhead, Proportional, Threshold, controls_in, recall, steer
+from posttrain.records import Demo, Group, Prompt, Rollout, Segment, Source, TokenBatch
 from posttrain.testing.check import check_slicing, example_batch
 from posttrain.update import Learn
 
@@ -195,3 +195,84 @@ def test_entropy_held_at_its_target_by_the_controller() -> None:
 
     held = run(Threshold("e", "e", init=0.01, target=0.6, rate=0.002, only_below=False))
     assert 0.48 < sum(held[-1000:]) / 1000 < 0.72 and run(0.0)[-1] < 0.1
+
+
+# -- a blend that looks ahead --------------------------------------------------------------------------------------------------------
+A = "posttrain.loss.advantage"
+AHEAD = LookAhead("mu", init=0.5, rate=0.1, low=0.05, high=0.9)
+
+
+def looks(control: LookAhead, *measured: Any) -> list[float]:
+    state, out = control.begin(), []
+    for one in measured:
+        state = control.step(state, one, 8)
+        out.append(control.value(state))
+    return out
+
+
+def test_a_blend_follows_its_slope_within_its_bounds() -> None:
+    assert looks(AHEAD, [0.5], [-1.0], [-20.0], [100.0]) == pytest.approx([0.55, 0.45, 0.05, 0.9])
+    assert AHEAD(0.3) == 0.5 and AHEAD.metrics == ("lookahead/mu",)
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, [0.5, 0.5, 0.4, 0.6]), (-1, [0.5, 0.5, 0.6, 0.4])])
+def test_the_entropy_pulls_towards_its_mean_of_the_first_looks(sign: int, expected: list[float]) -> None:
+    """H* is 1.5 after two looks; above it the published sign imitates less."""
+    control = LookAhead("mu", entropy_rate=0.2, entropy_sign=sign, warmup=2)
+    assert looks(control, [0.0, 1.0], [0.0, 2.0], [0.0, 2.0], [0.0, 0.5]) == pytest.approx(expected)
+    assert control.metrics == ("lookahead/mu", "rollouts/entropy")
+
+
+def test_the_other_share_follows() -> None:
+    loss, batch = load_loss("amft"), example_batch()
+    batch = batch.replace(totals=loss.totals(batch))
+    moved = batch.replace(memory={"control/mu.value": 0.9})
+    half, most = loss.weights(batch), loss.weights(moved)
+    views = loss.views(batch)
+    for name, factor in (("demos", 1.8), ("rollouts", 0.2)):
+        on = views[name].on
+        assert float(half[on].abs().sum()) > 0
+        torch.testing.assert_close(most[on], factor * half[on])
+    assert loss.controls["mu"].value({"value": 0.3}) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: LookAhead("mu", init=0.0, low=0.1), r"init=0.0 must lie between low=0.1"),
+        (lambda: LookAhead("mu", high=1.5), "between 0 and 1"),
+        (lambda: LookAhead("mu", rate=-0.1), "rate=-0.1 and entropy_rate=0.0 must not be negative"),
+        (lambda: LookAhead("mu", entropy_rate=-1.0), "must not be negative"),
+        (lambda: LookAhead("mu", every=0), "every=0 and warmup=5 at least 1"),
+        (lambda: LookAhead("mu", warmup=0), "warmup=0 at least 1"),
+        (lambda: LookAhead("mu", entropy_sign=0), r"entropy_sign=0 is \+1"),
+        (lambda: LookAhead("mu", scale="sum"), "scale='sum' does not exist"),  # type: ignore[arg-type]
+        (lambda: load_loss("amft", ["streams.demos.coef.utility=others"]), "no stream utility='others'; the objective has rollouts, demos"),
+        (lambda: objective(0.1, regularizer.Entropy(AHEAD)), "must stand in the coefficient of a stream"),
+        (lambda: load_loss("amft", [f"streams.rollouts.advantage={{_target_: {A}.Whiten, inner: {{_target_: {A}.ColumnMinusKL, over: self}}}}"]), "read more than that"),
+        (lambda: Learn(load_loss("amft"), Packer(64), None, separate_demos=True), "takes the demonstrations in a step of their own"),
+    ],
+)  # fmt: skip
+def test_blends_that_cannot_look_ahead_are_refused(make: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make()
+
+
+def test_every_so_many_steps_a_run_keeps_a_direction_and_measures_it_in_the_next() -> None:
+    loss = load_loss("amft", ["streams.demos.coef.every=3", "streams.demos.coef.rate=0.1"])
+
+    class Looking(Ranks):
+        calls: ClassVar[list[tuple[str, bool, bool]]] = []
+
+        async def look_ahead(self, micro: list[TokenBatch], name: str, measure: bool, keep: bool) -> dict[str, float]:
+            self.calls.append((name, measure, keep))
+            return {"slope": 0.5} if measure else {}
+
+    ranks = Looking(loss, 0.0)
+    one, values = Learn(loss, Packer(64), ranks), []
+    for step in range(7):
+        found = asyncio.run(one.learn(step, [*groups(), Demo("d", (Segment((3, 4), Source.demo),))], 0.0)).pairs
+        values.append(found["control/mu"][0])
+        assert found["lookahead/mu"] == ((0.5, 1.0) if step in (3, 6) else (0.0, 0.0))
+    assert ranks.calls == [("mu", False, True), ("mu", True, False), ("mu", False, True), ("mu", True, False)]
+    assert values == pytest.approx([0.5, 0.5, 0.5, 0.5, 0.55, 0.55, 0.55])

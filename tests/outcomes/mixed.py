@@ -170,6 +170,8 @@ def options(arm: str, b: float | None, seed: int, demos: Demos) -> dict[str, Any
                           "overrides": (*per("rollouts", "demos"), f"streams.demos.reference.gamma={b}")},
         "chord_mu": lambda: {"loss": "chord_mu", "advantage": NORM, "gate": Add(TRAINED),
                              "overrides": (f"streams.demos.coef={{_target_: posttrain.mixture.schedule.WarmupCosine, peak: {b}, valley: 0.05, warmup: 0, decay: {STEPS}, steps: {STEPS}}}",)},
+        "amft": lambda: {"loss": "amft", "advantage": NORM, "gate": Add(TRAINED), "overrides": ("streams.demos.coef.every=1", f"streams.demos.coef.rate={b}")},
+        "constant_mu": lambda: {"loss": "amft", "advantage": NORM, "gate": Add(TRAINED), "overrides": ("streams.demos.coef.rate=0", f"streams.demos.coef.init={b}")},
         "chord_phi": lambda: {"loss": "chord_phi", "advantage": NORM, "gate": Add(TRAINED), "overrides": (coef("demos", b),)},
         "srft": lambda: {"loss": "srft", "advantage": NORM, "gate": Inject(NORM, **inject),
                          "overrides": (*per("rollouts", "members"), f"streams.demos.advantage.coef={b}")},
@@ -215,6 +217,7 @@ RATES, MANY = (20.0, 60.0, 180.0), (5.0, 10.0, 20.0, 35.0, 60.0, 100.0, 180.0, 3
 KNOBS: Mapping[str, tuple[float, ...]] = {
     "sft": (), "grpo": (), "on_policy_distillation": (),
     "sft_then_rl": RATES, "distil_then_rl": RATES, "sft_plus_rl": (0.1, 0.3, 1.0), "hpt": (0.1, 0.3, 1.0), "luffy": (0.01, 0.03, 0.1), "chord_mu": (0.1, 0.3, 0.9),
+    "amft": (0.03, 0.1, 0.3), "constant_mu": (0.1, 0.3, 0.5, 0.7, 0.9),
     "chord_phi": (0.1, 0.3, 0.6), "srft": (0.1, 0.5, 2.0), "relift": (4, 8, 16), "prefix_rft": (0.2, 0.5, 1.0), "uft": (0.001, 0.1, 1.0), "ahpo": (0, 1, 3),
     "visurf": (0, 1, 2), "kdrl": (0.3, 1.0, 3.0),
 }  # fmt: skip
@@ -243,6 +246,8 @@ TUNED: Mapping[str, Setting] = {
     "hpt": Setting(180.0, 1.0),
     "luffy": Setting(180.0, 0.03),
     "chord_mu": Setting(180.0, 0.9),
+    "amft": Setting(180.0, 0.3),
+    "constant_mu": Setting(180.0, 0.1),
     "chord_phi": Setting(180.0, 0.6),
     "srft": Setting(180.0, 0.1),
     "relift": Setting(180.0, 4),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from posttrain.data.pack import Packer
 from posttrain.learner.actor import StepReport, add_metrics
+from posttrain.learner.lookahead import gradients, slope, utility
 from posttrain.loss import Objective
 from posttrain.mixture.demos import Demos
 from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Sampling, Segment, Source, TokenBatch
@@ -169,6 +170,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     base: Policy
     teacher: Policy | None = None
+    directions: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def _named(self, name: str) -> Policy:
         found = {"current": self.policy, "base": self.base, "teacher": self.teacher}[name]
@@ -195,6 +197,18 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepReport(add_metrics(parts), {})
+
+    async def look_ahead(self, micro: Sequence[TokenBatch], name: str, measure: bool, keep: bool) -> dict[str, float]:
+        control, known = self.objective.controls[name], self.directions.get(name)
+        goals = {**({"utility": utility(self.objective, control)} if measure and known else {}), **({"direction": self.objective} if keep else {})}
+
+        def logp(batch: TokenBatch) -> Tensor:
+            return self.policy.rows(batch, self.objective.needs.temperature).gather(1, batch.target_ids[:, None])[:, 0]
+
+        found = gradients(self.policy.trained(), logp, micro, goals, control)
+        if keep:
+            self.directions[name] = found["direction"]
+        return {"slope": slope(found["utility"], known, self.optimizer.param_groups[0]["lr"], control.scale)} if "utility" in found else {}
 
     @torch.no_grad()
     async def move_base(self, mix: float) -> None:

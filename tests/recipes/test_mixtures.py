@@ -12,6 +12,7 @@ from tests.recipes.conftest import SMALL, train
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WORLD = ["recipe=grpo", *SMALL, "data=composition", "reward=world", "data.train.num=64", "check.weights_moved=false", "learner.lr=1e-3", "steps=2"]
+LETTERS = ["reward=none", "reward.fn.letters._target_=tests.recipes.rewards.letters"]
 SIZES = ["rollout.prompts_per_step=4", "rollout.n=3", "rollout.max_tokens=12"]
 DEMOS = ["+data.demos={_target_: posttrain.data.worlds.composition.Composition, split: train, num: 64, max_depth: 2}"]
 
@@ -38,3 +39,15 @@ def test_a_student_learns_from_its_teacher_on_its_own_samples(tmp_path: Path) ->
     run = train(tmp_path / "run", *WORLD, *SIZES[2:], *words)
     distance = [-row["rollouts/log_ratio"] for row in run.rows]
     assert min(distance) > 0 and distance[-1] < distance[0]
+
+
+def test_a_blend_learns_its_share_from_the_step_before(tmp_path: Path) -> None:
+    """Looks are taken in steps 1 and 2 with the real engines."""
+    words = ["loss=amft", "mixture=add", "advantage=group_norm", "loss.streams.demos.coef.every=1", "loss.streams.demos.coef.rate=0.1"]
+    words += [*LETTERS, "steps=4"]
+    run = train(tmp_path, *WORLD, *SIZES, *DEMOS, *words)
+    shares = [row["control/mu"] for row in run.rows]
+    slopes = [row.get("lookahead/mu") for row in run.rows]
+    assert shares[:2] == [0.5, 0.5] and slopes[0] is None
+    assert all(s is not None and 0 < abs(s) < 1 for s in slopes[1:])
+    assert shares[2:] == pytest.approx([0.5 + 0.1 * slopes[1], 0.5 + 0.1 * (slopes[1] + slopes[2])])

@@ -528,6 +528,9 @@ CASES: dict[str, Case] = {
         partial(chord, mu=0.9, weight=phi),
         advantage=NORM,
     ),
+    "amft": case(
+        "amft", partial(chord, mu=0.5, weight=torch.ones_like), partial(chord, mu=0.0, weight=torch.ones_like), partial(chord, mu=0.5, weight=phi), advantage=NORM
+    ),
     "chord_phi": case(
         "chord_phi",
         partial(chord, mu=0.1, weight=phi),
