@@ -555,7 +555,7 @@ class Pairwise:
         label = torch.where(chosen, label_column(view, self.label, chosen, "advantage.Pairwise.label"), 0.0)
         return pair_difference(view, label)
 
-    def _slope(self, h: Tensor, beta: float, offset: Tensor | float = 0.0, label: Tensor | float = 1.0) -> Tensor:
+    def _slope(self, h: Tensor, beta: float, offset: Tensor | float, label: Tensor | float) -> Tensor:
         """``df/dh``."""
         x, e = beta * h - offset, self.label_smoothing
         if self.f == "squared":
@@ -572,7 +572,7 @@ class Pairwise:
         # label * sigmoid(-x) - (1 - label) * sigmoid(x), smoothed
         return -beta * (torch.sigmoid(-x) - (1.0 - label) - e)
 
-    def _loss(self, h: Tensor, beta: float, offset: Tensor | float = 0.0, label: Tensor | float = 1.0) -> Tensor:
+    def _loss(self, h: Tensor, beta: float, offset: Tensor | float, label: Tensor | float) -> Tensor:
         x, e = beta * h - offset, self.label_smoothing
         if self.f == "squared":
             return ((x - 0.5) / beta) ** 2

@@ -74,6 +74,24 @@ def test_generalised_advantages(lam: float, expected: list[float]) -> None:
     assert values(advantage.GeneralizedAdvantage(lam=lam), batch) == pytest.approx(expected)
 
 
+def test_what_a_kl_in_the_rewards_of_an_estimate_reads_and_reports() -> None:
+    """The current policy among the two makes it live; the estimate is of the newer policy's distance from the older one's."""
+    live = [advantage.GeneralizedAdvantage(coef=c, to=to, over=over).live for c, to, over in ((0.1, "base", "self"), (0.1, "self", "old"), (0.1, "base", "old"), (0.0, "base", "self"))]
+    assert live == [True, True, False, False]
+    batch = policy_batch([[-1.0, -2.0], [-1.0]], [1.0, 0.0], value=[[0.0, 0.0], [0.0]], old=[[-1.0, -2.0], [-1.0]], base=[[-1.5, -2.2], [-1.9]])
+    stream = Stream(("policy",), likelihood.Token(), reference.Current(), advantage.GeneralizedAdvantage(coef=0.1), aggregate.TokenMean())
+    total, count = Objective({"rollouts": stream}).weigh(batch)[1]["rollouts/reward_kl"]
+    assert (total, count) == (pytest.approx(1.6), 2.0)
+
+
+def test_a_sequence_penalty_of_one_token_is_that_token() -> None:
+    """Of an answer of T tokens every one reports the penalty of the whole, so each counts as 1/T of it."""
+    batch = policy_batch([[-1.0], [-1.0, -2.0]], [1.0, 1.0], base=[[-1.5], [-1.2, -2.6]])
+    stream = Stream(("policy",), likelihood.Token(), reference.Current(), advantage.Column(), aggregate.TokenMean())
+    (view,) = Objective({"rollouts": stream}).views(batch).values()
+    assert regularizer.KL("k2", level="sequence").penalty(view).tolist() == pytest.approx([0.125, 0.16, 0.16])
+
+
 def test_generalised_advantages_without_a_critic_and_across_a_tool() -> None:
     batch = policy_batch([[-1.0] * 3, [-1.0]], [1.0, 0.5], value=[[0.0] * 3, [0.0]])
     assert values(advantage.GeneralizedAdvantage(lam=1.0), batch) == [1.0, 1.0, 1.0, 0.5]

@@ -13,9 +13,10 @@ from posttrain.advantage.group import BatchWhiten, GroupAdvantage
 from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline
 from posttrain.advantage.plain import FreeBaseline
 from posttrain.advantage.shape import TailRisk, TrustMix
+from posttrain.advantage.step import DropOutliers
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, mask, reference
 from posttrain.mixture.demos import Demos
-from posttrain.mixture.gate import Add, InTurn, PassThrough, changes
+from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Unsolved, changes
 from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled
 from posttrain.mixture.route import RightOnly
 from posttrain.mixture.schedule import WarmupCosine
@@ -89,6 +90,8 @@ def test_a_question_with_a_failed_answer_fills_no_bundle() -> None:
 def test_what_is_handed_back_is_a_list_of_its_own() -> None:
     given: list[Group] = []
     assert BatchWhiten()(given) == [] and BatchWhiten()(given) is not given
+    unscored = [group(None)]
+    assert DropOutliers()(unscored) == unscored and DropOutliers()(unscored) is not unscored
 
 
 def test_right_answers_alone_are_enough() -> None:
@@ -98,6 +101,19 @@ def test_right_answers_alone_are_enough() -> None:
     assert gate([group(0.0, 0.0)], demos, 0, 0.0)[0].dropped is None, "the given answer is there"
     assert gate([group(1.0, 0.0)], Demos([], None), 0, 0.0)[0].dropped is None, "an own answer is right"
     assert gate([group(0.0, 0.0)], Demos([], None), 0, 0.0)[0].dropped == "nothing_accepted"
+    assert gate([group(0.5, 0.9)], Demos([], None), 0, 0.0)[0].dropped == "nothing_accepted", "a partial credit is no success"
+
+
+@pytest.mark.parametrize("gate", [GivenAgainstSampled(), RightOnly(), Unsolved(), Inject(GroupAdvantage())])
+def test_a_gate_that_takes_demonstrations_asks_for_them(gate: Any) -> None:
+    """The run would not load any otherwise."""
+    assert gate.uses_demos is True
+
+
+@pytest.mark.parametrize(("setting", "value"), [("solved", "leave"), ("wrong", "keep"), ("missing", "join")])
+def test_a_word_of_another_setting_is_refused(setting: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"mixture.gate.{setting}='{value}' does not exist; choose from"):
+        Inject(GroupAdvantage(), **{setting: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("own", "chosen"), [(0.9, "own"), (0.1, "given"), (0.5, None)])
