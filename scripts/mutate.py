@@ -43,7 +43,7 @@ MATHS = ["tests/loss", *PAGES, "tests/contract/test_terms.py", "tests/contract/t
 TESTS = {
     "posttrain/loss": [*MATHS, "tests/mixture"],
     "posttrain/advantage": ["tests/advantage", "tests/mixture/test_edges.py", *MATHS],
-    "posttrain/mixture": ["tests/mixture", *MATHS],
+    "posttrain/mixture": ["tests/mixture", "tests/rollout/test_environment.py", "tests/contract/test_stages.py", *MATHS],
 }
 ENOUGH = 0.95
 TEST_S, MEMORY = 60, 8 << 30

@@ -261,6 +261,8 @@ def test_all_right_at_last_still_teaches() -> None:
     """With the mean of the first answers as baseline; with that of the last ones every advantage would be 0."""
     (group, *_) = WithoutCritique()([scored((0.0, 1.0), (0.0, 1.0))], Demos(), 0, 0.0)
     assert [r.advantage for r in group.rollouts] == [1.0, 1.0]
+    (group, *_) = WithoutCritique()([scored((0.0, 1.0), None)], Demos(), 0, 0.0)
+    assert group.dropped is None, "one second answer is enough"
     (group,) = WithoutCritique()([scored(None, None)], Demos(), 0, 0.0)
     assert group.dropped == "no_second_answer"
     with pytest.raises(ValueError, match="has no reward 'turn_9'"):
