@@ -59,6 +59,8 @@ class DataConfig:
     ``kind``: ``prompts`` (answers are sampled), ``demos``, ``pairs``, ``lists`` (scored answers to one prompt) or
     ``steps`` (answers whose steps are labelled).  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
     (``path``, ``split``, ``columns``, ``limit``, ...) or an object with ``rows()``; ``demos`` feeds mixtures.
+    ``loss_on``: which turns of a demonstration are learnt: all of the ``assistant``, the ``last_turn``, the ``completion`` of the last question, those of the
+    ``expert`` in transcripts that say who acted, or what the ``environment`` answered.
     """
 
     kind: Literal["prompts", "demos", "pairs", "lists", "steps"] = "prompts"
@@ -68,7 +70,7 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     max_length: int = 4096
     truncation: Literal["error", "drop", "end"] = "error"
-    loss_on: Literal["assistant", "last_turn", "completion"] = "assistant"
+    loss_on: Literal["assistant", "last_turn", "completion", "expert", "environment"] = "assistant"
     system: str | None = None
     prompt_template: str | None = None
     shuffle: bool = True

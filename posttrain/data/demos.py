@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from posttrain.data.columns import Unique, need, row_id
@@ -26,11 +26,14 @@ def to_demos(
 ) -> tuple[list[Demo], Report]:
     """One demonstration per row; ``Demo.prompt`` is what stands before the first token learnt, with the id that a prompt of this row has.
 
+    With ``loss_on=expert`` a turn of the learner's own that says what the expert would have done (``expert``) gives one more: the conversation up to there, then
+    that (delusion-free masking, arXiv 2110.10819).
+
     Left out and counted: ``too_long`` (with ``truncation=drop``), ``no_trainable_tokens`` (no assistant turn, or none left after the cut),
     ``empty_answer``, ``empty_prompt``.
     """
     report, unique, demos = Report("demos"), Unique(), []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_relabelled(rows) if loss_on == "expert" else rows):
         reason, encoded = _encode(row, number, renderer, loss_on)
         name = row_id(row, "prompt", "completion", "messages", "text", "tools")
         if encoded is not None:
@@ -55,8 +58,22 @@ def to_demos(
     return demos, report
 
 
+def _relabelled(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Every row, and after it one more for each of its own turns that the expert has an answer to."""
+    for row in rows:
+        yield row
+        messages = row.get("messages") or ()
+        for i, message in enumerate(messages):
+            if isinstance(message, Mapping) and message.get("by") == "own" and message.get("expert") is not None:
+                before = [{**m, "by": "own"} if m.get("role") == "assistant" else m for m in messages[:i]]
+                own = {"id": f"{row['id']}/{i}"} if "id" in row else {}
+                yield {**row, **own, "messages": [*before, {"role": "assistant", "content": message["expert"], "by": "expert"}], "finish": None}
+
+
 def _encode(row: Mapping[str, Any], number: int, renderer: Renderer, loss_on: LossOn) -> tuple[str | None, Encoded | None]:
     complete, tools = row.get("finish") != "length", row.get("tools")
+    if loss_on in ("expert", "environment") and not isinstance(row.get("messages"), list):
+        raise DataError(f"row {number} has no messages, so it cannot say who acted; data.loss_on={loss_on} is for transcripts (choose loss_on=assistant)")
     if "prompt" in row and "completion" in row:
         if empty(row["completion"]):
             return "empty_answer", None

@@ -31,7 +31,9 @@ from posttrain.records import Segment, Source
 
 PLACE = "this-is-the-answer"
 """Stands for an answer that was sampled, and is never tokenised."""
-LossOn = Literal["assistant", "last_turn", "completion"]
+ACTED = ("by", "expert")
+"""Keys of assistant messages in transcripts: who acted, and what the expert would have said in the place of the learner."""
+LossOn = Literal["assistant", "last_turn", "completion", "expert", "environment"]
 Text = str | Sequence[Message]
 NO_TEMPLATE = (
     "the tokenizer has no chat template; give one with model.chat_template (a file), or use prompt and completion columns of plain text"
@@ -143,8 +145,14 @@ class Renderer:
         num_prompt: int | None = None,
         complete: bool = True,
     ) -> Encoded:
-        """A whole conversation.  ``num_prompt`` messages are given (default, for ``completion``: up to the last user message)."""
+        """A whole conversation.  ``num_prompt`` messages are given (default, for ``completion``: up to the last user message).
+
+        ``expert``: every assistant message says who acted, ``by: expert`` or ``by: own``, and the expert's alone are learnt from.  ``environment``: what
+        tools answered after the first assistant message is, and nothing that was done.
+        """
         messages = normalise(messages)
+        by = [m.get("by") for m in messages if m["role"] == "assistant"]
+        messages = [{k: v for k, v in m.items() if k not in ACTED} for m in messages]
         answered = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if loss_on == "completion":
             users = [i + 1 for i, m in enumerate(messages) if m["role"] == "user"]
@@ -152,13 +160,25 @@ class Renderer:
             first = sum(i < given for i in answered)
         elif loss_on == "last_turn":
             first = max(len(answered) - 1, 0)
-        elif loss_on == "assistant":
+        elif loss_on in ("assistant", "expert", "environment"):
             first = 0
         else:
-            raise ValueError(f"unknown loss_on {loss_on!r}; choose assistant, last_turn or completion")
+            raise ValueError(f"unknown loss_on {loss_on!r}; choose assistant, last_turn, completion, expert or environment")
+        learnt = [number >= first for number in range(len(answered))]
+        if loss_on == "expert":
+            unknown = [i for i, who in zip(answered, by, strict=True) if who not in ("expert", "own")]
+            if unknown:
+                raise ValueError(
+                    f"loss_on=expert: message {unknown[0]} has by={by[answered.index(unknown[0])]!r}; every assistant message must say by: expert or "
+                    "by: own, for what the learner did itself is no evidence of what the expert would do"
+                )
+            learnt = [who == "expert" for who in by]
         rendered = self._render(messages, tools, first_answer=first)
-        encoded = self._encode(rendered, list(rendered.answers)[first:])
-        ends_with_answer = bool(answered) and answered[-1] == len(messages) - 1
+        if loss_on == "environment":
+            encoded = self._encode(rendered, [])
+            return replace(encoded, trainable=tuple(s == Source.tool and t > 0 for s, t in zip(encoded.sources, encoded.turn, strict=True)))
+        encoded = self._encode(rendered, [span for span, on in zip(rendered.answers, learnt, strict=True) if on])
+        ends_with_answer = bool(answered) and answered[-1] == len(messages) - 1 and learnt[-1]
         return self._finish(encoded, complete) if ends_with_answer and encoded.num_trainable else encoded
 
     def text(self, text: str) -> Encoded:

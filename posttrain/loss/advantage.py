@@ -139,7 +139,8 @@ class GeneralizedAdvantage:
     ``gamma``, ``lam``: discount per token and how far ahead rewards are trusted over values: 1 is ``R - V``, 0 one step.  ``lam_by_length``: above 0,
     ``lam = 1 - 1/(lam_by_length T)`` instead, 0.05 as published.  ``rewards``: where the advantage column is paid out: its value at the ``last`` token, or as a
     reward of ``each`` token (segment rewards).  ``coef``, ``to``, ``over``: a KL in the reward, off at 0.  ``values_from``: the column that holds ``V``, recorded
-    before the update as a log-prob is, NaN where there is none.
+    before the update as a log-prob is, NaN where there is none.  ``earned``: a term whose value of every token is its reward, in the place of the column:
+    ``LogRatio`` of two frozen models, its ``credit: own``.
 
     Wrong when: answers were cut off: the end of the budget is taken for the end of the answer, worth 0.  Tokens of other sources are passed over: a
     value carries across a tool's output without discount.
@@ -153,10 +154,17 @@ class GeneralizedAdvantage:
     over: str = "old"
     values_from: str = "value"
     lam_by_length: float = 0.0
-    reads_column = True
+    earned: Any = None
     coupling = "sequence"
 
     def __post_init__(self) -> None:
+        if self.earned is not None and (getattr(self.earned, "live", False) or getattr(self.earned, "coupling", "token") != "token"):
+            raise ValueError(
+                f"advantage.GeneralizedAdvantage.earned={type(self.earned).__name__} must be a reward of each token by itself that does not move with the policy; give "
+                "LogRatio with credit=own and two frozen models"
+            )
+        if self.earned is not None and self.rewards != "each":
+            raise ValueError("advantage.GeneralizedAdvantage: earned gives every token a reward of its own; set rewards=each")
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1 and self.lam_by_length >= 0):
             raise ValueError(
                 f"advantage.GeneralizedAdvantage: gamma={self.gamma} and lam={self.lam} lie between 0 and 1, lam_by_length={self.lam_by_length} is not negative"
@@ -172,7 +180,12 @@ class GeneralizedAdvantage:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({self.values_from} | ({self.to, self.over} - {"self"} if self._with_kl else set()))
+        own = frozenset(getattr(self.earned, "needs", ()))
+        return frozenset({self.values_from} | own | ({self.to, self.over} - {"self"} if self._with_kl else set()))
+
+    @property
+    def reads_column(self) -> bool:
+        return self.earned is None
 
     @property
     def live(self) -> bool:
@@ -182,10 +195,12 @@ class GeneralizedAdvantage:
     def formula(self) -> str:
         lam = f"1-1/({self.lam_by_length:g} T)" if self.lam_by_length else f"{self.lam:g}"
         kl = f", KL {number(self.coef)} to pi_{self.to} in the reward" if self._with_kl else ""
-        return f"GAE(gamma {self.gamma:g}, lambda {lam}, rewards at {self.rewards}{kl})"
+        rewards = f"rewards at {self.rewards}" if self.earned is None else f"rewards {self.earned.formula}"
+        return f"GAE(gamma {self.gamma:g}, lambda {lam}, {rewards}{kl})"
 
     def values(self, view: TokenView) -> Tensor:
-        value, column = view.select(view.reference(self.values_from)), view.select(view.batch.advantage.to(view.logp.dtype))
+        rewards = view.batch.advantage.to(view.logp.dtype) if self.earned is None else self.earned.values(view)
+        value, column = view.select(view.reference(self.values_from)), view.select(rewards)
         behind = view.following(torch.ones_like(value))
         reward = column if self.rewards == "each" else torch.where(behind > 0, torch.zeros_like(column), column)
         if self._with_kl:

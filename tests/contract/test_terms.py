@@ -50,6 +50,7 @@ VARIANTS: dict[str, list[Any]] = {
     ],
     "advantage.GeneralizedAdvantage": [
         advantage.GeneralizedAdvantage(0.9, 0.5, "each"),
+        advantage.GeneralizedAdvantage(0.9, 0.5, "each", earned=advantage.LogRatio("teacher", "base")),
         advantage.GeneralizedAdvantage(0.9, coef=Linear(0.0, 1.0), over="self"),
         advantage.GeneralizedAdvantage(coef=0.1, to="teacher", over="behaviour", lam_by_length=0.5),
     ],
@@ -137,7 +138,7 @@ VARIANTS: dict[str, list[Any]] = {
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "advantage.ColumnMinusKL": {"gamma": [0.5]},
-    "advantage.GeneralizedAdvantage": {"gamma": [0.5], "lam": [0.5], "coef": [0.5], "lam_by_length": [0.7]},
+    "advantage.GeneralizedAdvantage": {"gamma": [0.5], "lam": [0.5], "coef": [0.5], "lam_by_length": [0.7], "earned": [None]},
     "advantage.GroupCenter": {"inner": [advantage.Column()]},
     "advantage.Whiten": {"inner": [advantage.ColumnMinusKL()], "ddof": [1], "eps": [0.5]},
     "advantage.Pairwise": {"label": ["label"], "gap": ["reward"], "limit": [0.2, 0.5]},

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from posttrain.data.demos import to_demos
 from posttrain.data.render import Renderer
+from posttrain.data.rows import to_rows
 from posttrain.data.template import TemplateError
+from posttrain.loss import load
 from posttrain.records import Source, TokenBatch
 from tests.data.conftest import PLAIN_CHATML, TOOL_CHATML, make_bpe, unmarked
 
@@ -341,3 +344,68 @@ def test_encoded_becomes_a_batch(tiny):
     encoded = Renderer(tiny).answer("2+2", "4")
     batch = TokenBatch.from_sequences(to_rows([Demo("d", encoded.segments())]))
     assert tiny.decode(batch.target_ids[batch.trainable].tolist()) == "4<|im_end|>"
+
+
+# -- transcripts -------------------------------------------------------------------------------------------------------------------
+TRANSCRIPT = [
+    {"role": "user", "content": "Which arm?"},
+    {"role": "assistant", "content": "left", "by": "own", "expert": "right"},
+    {"role": "tool", "content": "0"},
+    {"role": "assistant", "content": "right", "by": "expert"},
+    {"role": "tool", "content": "1"},
+    {"role": "assistant", "content": "left again", "by": "own"},
+]
+
+
+def test_what_the_learner_did_itself_is_no_evidence(bpe):
+    """Truth table over sources: the expert's turns are learnt; own ones, tools and the prompt are not, and own ones stay in sight."""
+    renderer = Renderer(bpe)
+    encoded = renderer.conversation(TRANSCRIPT, loss_on="expert")
+    assert learnt(renderer, encoded) == ["right<|im_end|>"]
+    plain = [{k: v for k, v in m.items() if k in ("role", "content")} for m in TRANSCRIPT]
+    assert list(encoded.ids) == bpe.apply_chat_template(plain, tokenize=True, return_dict=False), "the marks themselves are not rendered"
+    assert learnt(renderer, renderer.conversation(TRANSCRIPT)) == ["left<|im_end|>", "right<|im_end|>", "left again<|im_end|>"]
+
+
+def test_own_turns_are_relabelled_where_the_expert_has_an_answer(bpe):
+    renderer = Renderer(bpe)
+    demos, report = to_demos([{"id": "t", "messages": TRANSCRIPT}], renderer, loss_on="expert")
+    assert [d.id for d in demos] == ["t", "t/1"] and report.read == 2
+    texts = [bpe.decode([i for s in d.segments for i, on in zip(s.ids, s.trainable, strict=True) if on]) for d in demos]
+    assert texts == ["right<|im_end|>", "right<|im_end|>"]
+    whole, again = ([i for s in d.segments for i in s.ids] for d in demos)
+    place = bpe.decode(whole).index("left")
+    assert bpe.decode(again)[:place] == bpe.decode(whole)[:place], "the same state"
+    assert bpe.decode(again)[place:].startswith("right") and "left" not in bpe.decode(again)
+
+
+@pytest.mark.parametrize("by", [None, "agent"])
+def test_a_transcript_that_does_not_say_who_acted_is_refused(bpe, by):
+    silent = [*TRANSCRIPT[:3], {**TRANSCRIPT[3], "by": by}]
+    with pytest.raises(ValueError, match=rf"message 3 has by={by!r}; every assistant message must say"):
+        Renderer(bpe).conversation(silent, loss_on="expert")
+
+
+@pytest.mark.parametrize("loss_on", ["expert", "environment"])
+def test_an_answer_alone_does_not_say_who_acted(bpe, loss_on):
+    with pytest.raises(ValueError, match=f"row 0 has no messages.*loss_on={loss_on} is for transcripts"):
+        to_demos([{"prompt": "a", "completion": "b"}], Renderer(bpe), loss_on=loss_on)
+
+
+def test_what_the_environment_answered_to_actions(bpe):
+    renderer = Renderer(bpe)
+    told = [{"role": "user", "content": "Look."}, {"role": "tool", "content": "before"}, *TRANSCRIPT[1:]]
+    encoded = renderer.conversation(told, loss_on="environment")
+    runs = learnt(renderer, encoded)
+    assert len(runs) == 2 and "0" in runs[0] and "1" in runs[1] and not any(w in r for r in runs for w in ("left", "right", "before"))
+    assert all(s is Source.tool for s, on in zip(encoded.sources, encoded.trainable, strict=True) if on)
+    demos, _ = to_demos([{"messages": told}], renderer, loss_on="environment")
+    batch = TokenBatch.from_sequences(to_rows(demos))
+    weights = load("world_model").weights(batch.with_logps(current=batch.weight * 0.0 - 1.0))
+    on = weights != 0
+    assert int(on.sum()) == encoded.num_trainable and set(batch.source[on].tolist()) == {int(Source.tool)}
+
+
+def test_nothing_happened_after_an_action(bpe):
+    demos, report = to_demos([{"messages": TRANSCRIPT[:2]}, {"messages": TRANSCRIPT}], Renderer(bpe), loss_on="environment")
+    assert len(demos) == 1 and report.dropped["no_trainable_tokens"] == 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain.contrib.guided import AdvantageSaturating
+from posttrain.loss import advantage
 from posttrain.records import Row, TokenBatch
 from posttrain.testing.check import objective_with
 from tests.loss.cases import NORM, composed
@@ -343,6 +344,37 @@ def test_self_reward_is_at_rest_at_a_mixture_of_the_two_models(c: float) -> None
         assert c != 1.0 or abs(w) < 1e-14
         total += logp[y].exp() * w * (torch.eye(6, dtype=F64)[y] - logp.exp())
     assert float(total.norm()) < 1e-14
+
+
+def test_a_critic_that_knows_nothing_gives_the_sum_to_come() -> None:
+    """Without values and discount a token's advantage is what the later tokens earn, less their KL; paid per token or at the end, an answer earns the same."""
+    rows = {"teacher": [-0.5, -1.0, -0.2], "base": [-1.0, -0.7, -0.9], "old": [-0.9, -0.8, -0.4]}
+    earned = advantage.LogRatio("teacher", "base")
+    plain = advantage.GeneralizedAdvantage(lam=1.0, rewards="each", earned=earned)
+    batch = given([-0.9, -0.8, -0.4], source="policy", value=[0.0, 0.0, 0.0], advantage=7.0, **rows)
+    (view,) = objective_with(plain).views(batch).values()
+    to_go = [0.9, 0.4, 0.7]
+    assert plain.values(view)[view.on].tolist() == pytest.approx(to_go)
+    assert plain.values(view)[view.on].tolist() == pytest.approx(advantage.LogRatio("teacher", "base", "to_go").values(view)[view.on].tolist())
+    assert not plain.reads_column and plain.needs == {"teacher", "base", "value"}
+    whole = sum(rows["teacher"]) - sum(rows["base"])
+    assert to_go[0] == pytest.approx(whole)
+    with_kl = advantage.GeneralizedAdvantage(lam=1.0, rewards="each", earned=earned, coef=1.0)
+    found = with_kl.values(view)[view.on].tolist()
+    assert found == pytest.approx([sum(rows["teacher"][i:]) - sum(rows["old"][i:]) for i in range(3)]), "c = 1: how far the fine-tuned model is above the policy"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"earned": advantage.LogRatio("teacher", "self"), "rewards": "each"}, "must be a reward of each token by itself"),
+        ({"earned": advantage.LogRatio("teacher", "base", "to_go"), "rewards": "each"}, "must be a reward of each token by itself"),
+        ({"earned": advantage.LogRatio("teacher", "base")}, "set rewards=each"),
+    ],
+)
+def test_what_cannot_be_earned_token_by_token_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        advantage.GeneralizedAdvantage(**settings)
 
 
 def test_gamma_follows_the_advantage() -> None:

@@ -20,6 +20,7 @@ from posttrain.advantage import Chain, PositivePart, Reward
 from posttrain.records import Group
 from tests.loss import naive
 from tests.loss.cases import CENTER, NORM, Case, Data, make
+from tests.loss.families.policy import gae
 from tests.loss.naive import Sequence, advantage_center, advantage_norm, dft, learnt, of, r, sft, surrogate, total
 
 _POSITIVE = Chain({"reward": Reward(), "positive": PositivePart()})
@@ -637,6 +638,9 @@ CASES: dict[str, Case] = {
         partial(turns, first=True),
         overrides=("streams.turns.advantage.weights=[[0, 0], [0, 1]]", "streams.turns.advantage.kl=[0.1, 0.01]"),
         data=TURNS,
+    ),
+    "self_rewarding_ppo": case(
+        "self_rewarding_ppo", partial(gae, coef=1.0, earned=True), partial(gae, coef=1.0, each=True), partial(gae, earned=True), partial(gae, lam=1.0, coef=1.0, earned=True), spread=0.4
     ),
     "self_rewarding": case("self_rewarding", self_rewarding, partial(self_rewarding, c=0.0), spread=0.4),
     "offline_kd": case("offline_kd", offline_kd, partial(offline_kd, forward=False)),

@@ -349,7 +349,8 @@ def adaptive_kl(seqs: Seqs, coef: float = 0.2) -> Tensor:
 
 
 def gae(
-    seqs: Seqs, gamma: float = 1.0, lam: float = 0.95, coef: float = 0.0, each: bool = False, by_length: float = 0.0, whiten: bool = False, ddof: int = 0
+    seqs: Seqs, gamma: float = 1.0, lam: float = 0.95, coef: float = 0.0, each: bool = False, by_length: float = 0.0, whiten: bool = False, ddof: int = 0,
+    earned: bool = False,
 ) -> Tensor:
     """PPO with the recursion of arXiv 1506.02438, backwards over the tokens that are learnt from."""
     advantage = {}
@@ -357,7 +358,8 @@ def gae(
         tokens, ahead, value = learnt(s, "policy"), 0.0, 0.0
         own = max(1 - 1 / (by_length * len(tokens)), 0.0) if by_length and tokens else lam
         for t in reversed(tokens):
-            reward = (s["a"][t] if each or t == tokens[-1] else 0.0) - coef * (s["old"][t] - s["base"][t])
+            paid = s["teacher"][t] - s["base"][t] if earned else s["a"][t] if each or t == tokens[-1] else 0.0
+            reward = paid - coef * (s["old"][t] - s["base"][t])
             ahead = reward + gamma * value - s["value"][t] + gamma * own * ahead
             advantage[id(s), t], value = ahead, s["value"][t]
     mean, std = moments(list(advantage.values())) if whiten else (0.0, 1.0 - 1e-8)
