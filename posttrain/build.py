@@ -273,6 +273,7 @@ def make_rewards(config: RunConfig, policy: Any = None, tokenizer: Any = None, j
         error_budget=reward.error_budget,
         budget_window=reward.budget_window,
         routes=reward.routes,
+        decode=None if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=True),
     )
 
 

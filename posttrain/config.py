@@ -476,6 +476,7 @@ def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> Non
     marked = needs.head == "scalar" and needs.at == "marked"
     require(marked or config.data.kind != "steps", f"data.kind=steps labels the ends of steps; loss {name!r} does not read there: choose loss=process_reward_model")
     require(not marked or config.data.kind == "steps", f"loss {name!r} learns from labelled steps; set data.kind=steps (it is {config.data.kind})")
+    _check_places(config, require)
     require(critic is not None or not reads, f"loss {name!r} reads the values of a critic, and the run has none: choose critic=value")
     if critic is None:
         return
@@ -484,6 +485,21 @@ def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> Non
     require(own.head == "scalar" and own.at == "before", f"critic.loss={critic.loss.name!r} is no critic's: its likelihood must be Score(at=before)")
     require(own.keep_whole is None, f"critic.loss={critic.loss.name!r} compares whole groups or steps, which a critic's loss cannot")
     require(0 <= critic.warmup_batches < config.steps, f"critic.warmup_batches={critic.warmup_batches} must be at least 0 and below steps={config.steps}")
+
+
+def _check_places(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+    """One reward for every token, or one for an answer: what the loss adds up must be what the advantage hands on."""
+    from posttrain.advantage import Placed
+    from posttrain.update import returns_of
+
+    placed, name = isinstance(config.advantage, Placed), config.loss.name
+    terms = [term for stream in config.loss.streams.values() if (term := returns_of(stream.advantage)) is not None]
+    each = any(term.rewards == "each" and term.earned is None for term in terms)
+    require(each or not placed, f"advantage=placed hands on a reward for every token, and loss {name!r} does not add them up; choose loss=fine_grained, or another advantage")
+    require(
+        placed or not each or config.rollout.kind != "vllm",
+        f"loss {name!r} adds up a reward of every token, and the advantage gives one number for an answer, which every token would be paid; choose advantage=placed",
+    )
 
 
 def _imitates(stream: Any) -> bool:

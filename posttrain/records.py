@@ -91,11 +91,12 @@ class Sampling:
 @dataclass(frozen=True)
 class Score:
     """What one reward said of one sample.  ``value`` is ``None`` exactly when ``status`` is ``timeout`` or ``error``: a failed verifier is not
-    a zero."""
+    a zero.  ``places``: where in the answer it was earned, as (characters of the text up to there, reward), which add up to ``value``; without any, at its end."""
 
     value: float | None
     status: Status = "ok"
     detail: str = ""
+    places: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         failed = self.status in ("timeout", "error")
@@ -103,13 +104,18 @@ class Score:
             raise ValueError(f"Score(value={self.value}, status={self.status!r}): value must be None exactly when the status is timeout or error")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"Score value {self.value} is not finite; return a Score with status='error' instead")
+        if self.places and not math.isclose(math.fsum(v for _, v in self.places), self.value or 0.0, rel_tol=1e-6, abs_tol=1e-9):
+            raise ValueError(f"the rewards at the places of a Score add up to {math.fsum(v for _, v in self.places):g}, not to its value {self.value}")
+        if any(end < 0 for end, _ in self.places):
+            raise ValueError(f"a place of a Score counts the characters up to there, and cannot be {min(end for end, _ in self.places)}")
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled continuation of a prompt.  ``segments`` start after the prompt.  ``reward`` is the combined scalar, ``None`` when a
-    required score failed; ``advantage`` is one number for the sample (per-token advantages come with the critic).  ``turns``: who said what, when there
-    was more than one turn; ``text`` is then the last answer."""
+    required score failed; ``advantage`` is one number for the sample.  ``turns``: who said what, when there was more than one turn; ``text`` is then the
+    last answer.  ``paid``: what every token earned, in the order of the segments, where a reward says so; it adds up to ``reward``.  ``placed``: whether
+    these, in the place of ``advantage``, are what a row's advantage column holds."""
 
     sample_id: str
     prompt: Prompt
@@ -121,6 +127,8 @@ class Rollout:
     reward: float | None = None
     advantage: float | None = None
     turns: tuple[tuple[str, str], ...] = ()
+    paid: tuple[float, ...] | None = None
+    placed: bool = False
 
     @property
     def num_tokens(self) -> int:

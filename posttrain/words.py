@@ -110,8 +110,10 @@ class Words:
 
 
 def open_map(override: str) -> str:
-    """Add ``++`` where a map is open to new keys."""
-    return f"++{override}" if override.startswith(OPEN) else override
+    """Add ``++`` where a map is open to new keys, one at a time or all at once (``reward.weights={answer: 1, format: 0.1}``)."""
+    key, _, value = override.partition("=")
+    whole = "." in key and f"{key}." in OPEN and value.startswith("{")
+    return f"++{override}" if whole or override.startswith(OPEN) else override
 
 
 def _chosen(override: str) -> str:

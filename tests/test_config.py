@@ -127,6 +127,8 @@ def test_words_refuse_what_is_no_setting(word: str, message: str) -> None:
 
 def test_open_maps_need_no_plus() -> None:
     assert open_map("loss.streams.rollouts.coef=2") == "++loss.streams.rollouts.coef=2"
+    assert open_map("reward.weights={answer: 1}") == "++reward.weights={answer: 1}"
+    assert open_map("reward.weights=null") == "reward.weights=null" and open_map("loss={a: 1}") == "loss={a: 1}"
     assert open_map("loss=dapo") == "loss=dapo"
     assert open_map("learner.lr=2") == "learner.lr=2"
 
@@ -137,6 +139,9 @@ def test_open_maps_need_no_plus() -> None:
         (["loss=ppo_gae", "advantage=reward"], r"reads the values of a critic, and the run has none: choose critic=value"),
         (["loss=grpo", "advantage=group_norm", "critic=value"], r"critic is set, but loss 'grpo' reads no values; choose loss=ppo_gae, or critic=none"),
         (["loss=ppo_gae", "advantage=reward", "critic=value", "critic.warmup_batches=100"], r"critic.warmup_batches=100 must be at least 0 and below steps=100"),
+        (["loss=fine_grained", "advantage=reward", "critic=value"], r"adds up a reward of every token.*choose advantage=placed"),
+        (["loss=ppo_gae", "advantage=placed", "critic=value"], r"hands on a reward for every token, and loss 'ppo_gae' does not add them up; choose loss=fine_grained"),
+        (["loss=grpo", "advantage=placed"], r"hands on a reward for every token, and loss 'grpo' does not add them up"),
         (["loss=reward_model", "advantage=group_norm"], r"trains a scalar head, which cannot sample; set rollout=replay"),
         (["loss=value", "rollout=replay", "data.kind=demos"], r"loss 'value' reads what a critic said before and cannot be run by itself"),
         (["loss=sft", "rollout=replay", "data.kind=steps"], r"data.kind=steps labels the ends of steps; loss 'sft' does not read there"),

@@ -2,7 +2,7 @@
 
 from posttrain.advantage.group import BatchWhiten, Chain, GroupAdvantage, Reward, statistics
 from posttrain.advantage.pick import Among, BestMinusSecond, Extremes, GreedyBaseline, PromptBaseline, RunningBaseline, soft_maximum
-from posttrain.advantage.plain import Constant, FreeBaseline, PositivePart
+from posttrain.advantage.plain import Constant, FreeBaseline, Placed, PositivePart
 from posttrain.advantage.step import BatchScale, BetaNorm, DropOutliers, LiveGroups, PerReward
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "GroupAdvantage",
     "LiveGroups",
     "PerReward",
+    "Placed",
     "PositivePart",
     "PromptBaseline",
     "Reward",

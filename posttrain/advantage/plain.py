@@ -36,6 +36,29 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """The reward of every token where it was earned, for an advantage that adds up what is still to come (a critic's, with ``rewards: each``).
+
+    Equation: ``r[t] = sum_i w_i r_i[t]``; a reward that names no places is paid at the last token.
+    Source: fine-grained human feedback, arXiv 2306.01693.
+
+    Wrong when: the loss takes the column for an advantage as it is: a token then answers for its own reward alone.
+    """
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [replace(g, rollouts=tuple(self._one(r) for r in g.rollouts)) for g in groups]
+
+    def _one(self, rollout: Rollout) -> Rollout:
+        if rollout.reward is None:
+            return replace(rollout, advantage=None)
+        if rollout.paid is None:
+            sampled = [s.source == Source.policy for s in rollout.segments for _ in s.ids]
+            last = max((i for i, own in enumerate(sampled) if own), default=-1)
+            rollout = replace(rollout, paid=tuple(rollout.reward if i == last else 0.0 for i in range(len(sampled))))
+        return replace(rollout, advantage=rollout.reward, placed=True)
+
+
+@dataclass(frozen=True)
 class FreeBaseline:
     """Rewards compared with those of the answers nobody helped.
 

@@ -79,7 +79,7 @@ def _rollout_row(rollout: Rollout, key: str) -> Row:
     prompt = Segment(ids=rollout.prompt.ids, source=Source.prompt, trainable=False)
     return Row(
         **_tokens((prompt, *rollout.segments), rollout.sample_id),
-        advantage=float(rollout.advantage),  # type: ignore[arg-type]
+        advantage=[*[0.0] * len(prompt.ids), *rollout.paid] if rollout.placed and rollout.paid is not None else float(rollout.advantage),  # type: ignore[arg-type]
         rewards=rewards,
         sample_id=rollout.sample_id,
         group=key,

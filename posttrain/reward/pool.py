@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from posttrain.records import Group, Rollout, Score
 from posttrain.reward.base import Reward, Signature, read, read_many
 from posttrain.reward.combine import Combiner, Sum
+from posttrain.reward.place import paid
 from posttrain.reward.worker import RemoteError, Timeout, WorkerDied, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class RewardPool:
     ``primary``          the unshaped reward, logged as ``reward/unshaped`` beside the combined one; default: the first
     ``routes``           environment -> names of the rewards that apply to it; environments not named get all
     ``memory_mb``        address space of a worker process; ``None``: unlimited
+    ``decode``           token ids -> the text that rewards see, for rewards that say where in an answer they were earned
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class RewardPool:
         primary: str | None = None,
         routes: Mapping[str, Sequence[str]] | None = None,
         memory_mb: int | None = 8192,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         if not rewards:
             raise ValueError("no reward is configured; name at least one function under reward.fn")
@@ -117,6 +120,7 @@ class RewardPool:
         self.signatures = {name: Signature.of(name, reward) for name, reward in self.rewards.items()}
         self.budget = ErrorBudget(error_budget, budget_window)
         self.metrics: dict[str, float] = {}
+        self._decode = decode
         self._max_concurrency = max_concurrency
         remote = {n: r for n, r in self.rewards.items() if self.signatures[n].execution == "process"}
         count = num_workers or min(8, os.cpu_count() or 1)
@@ -207,7 +211,8 @@ class RewardPool:
             reward = self.combiner(values, progress)
             if not math.isfinite(reward):
                 raise ValueError(f"the combined reward of {rollout.sample_id!r} is {reward} from {values}; check weights and schedules")
-        return replace(rollout, scores=dict(vector), reward=reward)
+        where = None if reward is None else paid(rollout, vector, self.combiner, progress, self._decode)
+        return replace(rollout, scores=dict(vector), reward=reward, paid=where)
 
     # -- counting ------------------------------------------------------------------------------------------------------
     def _book(self, step: int, rollouts: Sequence[Rollout], vectors: Mapping[str, Mapping[str, Score]], progress: float) -> None:

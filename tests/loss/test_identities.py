@@ -296,8 +296,8 @@ def test_debiased_smoothing_is_unbiased_over_flips() -> None:
     term = advantage.Pairwise(label_smoothing=e, debias=True)
     clean = advantage.Pairwise()
     values = torch.tensor([h, -h], dtype=F64)
-    loss = term._loss(values, 0.1)
-    assert float((1 - e) * loss[0] + e * loss[1]) == pytest.approx(float(clean._loss(values, 0.1)[0]), rel=1e-12)
+    loss = term._loss(values, 0.1, 0.0, 1.0)
+    assert float((1 - e) * loss[0] + e * loss[1]) == pytest.approx(float(clean._loss(values, 0.1, 0.0, 1.0)[0]), rel=1e-12)
 
 
 def test_squared_loss_stops_at_its_target() -> None:

@@ -60,3 +60,14 @@ def test_labels_at_the_ends_of_steps(tmp_path: Path) -> None:
     words = ["recipe=reward_model", "loss=process_reward_model", "data.kind=steps", *SMALL, f"data.train.path={tmp_path / 'steps.jsonl'}"]
     run = train(tmp_path / "run", *words, "steps=10", "learner.lr=3e-3", "learner.warmup_steps=1", "rollout.prompts_per_step=16", "learner.zero_stage=3")
     assert run.rows[0]["steps/tokens"] == 32.0 and run.rows[-1]["steps/accuracy"] > 0.9
+
+
+def test_pieces_of_an_answer_are_paid_where_they_end(reward_model: Path, tmp_path: Path) -> None:
+    """Fine-grained rewards with the real engines: clauses are scored by themselves, a critic adds up what is still to come."""
+    words = ["recipe=ppo", "loss=fine_grained", "advantage=placed", f"model.path={reward_model / 'model'}", "model.dtype=float32", *SIZES]
+    words += ["reward=none", "reward.fn.pieces={_target_: posttrain.reward.place.EachPiece, level: clause, reward: {_target_: hydra.utils.get_method, path: tests.recipes.rewards.letters}}"]
+    words += ["+reward.fn.whole._target_=tests.recipes.rewards.letters", "reward.weights={pieces: 0.5, whole: 0.3}", f"critic.path={reward_model / 'export'}", "critic.lr=1e-3"]
+    run = train(tmp_path, *words, "steps=2", "critic.warmup_batches=0")
+    for row in run.rows:
+        assert row["reward/mean"] == pytest.approx(0.5 * row["reward/pieces/mean"] + 0.3 * row["reward/whole/mean"]) and row["reward/masked"] == 0.0
+        assert row["learner/grad_norm"] > 0 and row["critic/grad_norm"] > 0 and row["rollouts/advantage_abs"] > 0

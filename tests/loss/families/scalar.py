@@ -95,6 +95,11 @@ CASES = {
     "process_reward_model, squared": Case("process_reward_model", partial(steps, squared=True), overrides=(STEPS,), wrong=(steps,), data=graded),
     "value": Case("value", value, wrong=(partial(value, clip=None), partial(value, smaller=True), partial(value, half=1.0))),
     "value, not clipped": Case("value", partial(value, clip=None), overrides=("streams.rollouts.advantage.clip=null",), wrong=(value,)),
+    "fine_grained": Case(
+        "fine_grained",
+        partial(gae, coef=0.3, each=True, whiten=True, ddof=1),
+        wrong=(partial(gae, coef=0.3, whiten=True, ddof=1), partial(gae, coef=0.3, each=True), partial(gae, lam=1.0, coef=0.3, each=True, whiten=True, ddof=1)),
+    ),
     "ppo_gae": Case(
         "ppo_gae",
         partial(gae, coef=0.05, whiten=True, ddof=1),
