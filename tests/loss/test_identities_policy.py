@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,8 @@ def test_what_a_kl_in_the_rewards_of_an_estimate_reads_and_reports() -> None:
     """The current policy among the two makes it live; the estimate is of the newer policy's distance from the older one's."""
     live = [advantage.GeneralizedAdvantage(coef=c, to=to, over=over).live for c, to, over in ((0.1, "base", "self"), (0.1, "self", "old"), (0.1, "base", "old"), (0.0, "base", "self"))]
     assert live == [True, True, False, False]
+    both = (Stream(("policy",), likelihood.Token(), reference.Current(), advantage.GeneralizedAdvantage(coef=0.1, over=over), aggregate.TokenMean()) for over in ("self", "old"))
+    assert [(n.coupling, n.live, n.keep_whole) for n in (Objective({"rollouts": s}).needs for s in both)] == [("sequence", True, None), ("token", False, None)]
     batch = policy_batch([[-1.0, -2.0], [-1.0]], [1.0, 0.0], value=[[0.0, 0.0], [0.0]], old=[[-1.0, -2.0], [-1.0]], base=[[-1.5, -2.2], [-1.9]])
     stream = Stream(("policy",), likelihood.Token(), reference.Current(), advantage.GeneralizedAdvantage(coef=0.1), aggregate.TokenMean())
     total, count = Objective({"rollouts": stream}).weigh(batch)[1]["rollouts/reward_kl"]
@@ -193,6 +196,8 @@ def test_bernoulli_divergence() -> None:
         assert one(math.log(0.99 / 0.9), 1.0, mask.Divergence("kl", high=bound, to="old"), logp=math.log(0.99)) == pytest.approx(kept)
     assert one(math.log(1.0 / 0.9), 1.0, mask.Divergence("kl", to="old"), logp=0.0) == 0.0
     assert one(math.log(1.0 / 0.9), -1.0, mask.Divergence("kl", to="old"), logp=0.0) == pytest.approx(-1 / 0.9)
+    impossible = mask._bernoulli(torch.tensor([math.log(0.3)], dtype=F64), torch.tensor([-math.inf], dtype=F64))
+    assert float(impossible) == pytest.approx(-math.log(0.7), rel=1e-7), "a token the old policy never says"
 
 
 def test_a_symmetric_divergence_drops_what_comes_back_too() -> None:
@@ -388,6 +393,7 @@ def test_sequence_and_local_kl_agree_on_answers_of_one_token() -> None:
         (lambda: mask.SoftGate(tau_pos=0.0), "tau_pos=0.0 must be above 0"),
         (lambda: mask.InnerClip(low=-0.1), "low=-0.1 must be at least 0"),
         (lambda: mask.Divergence("chi"), "kind='chi' does not exist"),
+        (lambda: mask.DualClip(1.2).fits(SimpleNamespace(masks={"clip": mask.RatioClip()})), r"c=1.2 must be above 1 \+ high=1.2 of the mask 'clip'"),
         (lambda: mask.TopEntropy(0.0), "above 0 and at most 1"),
         (lambda: mask.Cap(1.0, min=2.0), "min=2.0 is above max=1.0"),
         (lambda: regularizer.KL("k3_of_to", ratio="token"), "takes no ratio"),

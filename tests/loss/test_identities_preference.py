@@ -319,6 +319,7 @@ def test_a_huge_inverse_ratio_is_an_error_or_flat() -> None:
         weights("f_dpo", rows, f"{PAIRS}.limit=null")
     assert weights("f_dpo", rows)[0] == 0.0
     assert weights("f_dpo", pair([-19.0], [0.0]))[0] == pytest.approx(0.1 * math.exp(19.0))
+    assert weights("f_dpo", pair([-2.0], [0.0]), f"{PAIRS}.limit=1")[1] == pytest.approx(-0.1 * sigmoid(0.1 * (math.e - 1))), "beyond the limit the score stays what it is there"
 
 
 @pytest.mark.parametrize(
