@@ -57,13 +57,13 @@ class DataConfig:
     """What is learnt from and what is held out.
 
     ``kind``: ``prompts`` (answers are sampled), ``demos``, ``pairs``, ``lists`` (scored answers to one prompt) or
-    ``steps`` (answers whose steps are labelled).  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
+    ``steps`` (answers whose steps are labelled) or ``stored`` (answers with a teacher's probabilities).  ``train``, ``eval`` and ``demos`` are each a mapping for the reader
     (``path``, ``split``, ``columns``, ``limit``, ...) or an object with ``rows()``; ``demos`` feeds mixtures.
     ``loss_on``: which turns of a demonstration are learnt: all of the ``assistant``, the ``last_turn``, the ``completion`` of the last question, those of the
     ``expert`` in transcripts that say who acted, or what the ``environment`` answered.
     """
 
-    kind: Literal["prompts", "demos", "pairs", "lists", "steps"] = "prompts"
+    kind: Literal["prompts", "demos", "pairs", "lists", "steps", "stored"] = "prompts"
     train: Any = None
     eval: Any = None
     demos: Any = None
@@ -476,6 +476,9 @@ def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> Non
     marked = needs.head == "scalar" and needs.at == "marked"
     require(marked or config.data.kind != "steps", f"data.kind=steps labels the ends of steps; loss {name!r} does not read there: choose loss=process_reward_model")
     require(not marked or config.data.kind == "steps", f"loss {name!r} learns from labelled steps; set data.kind=steps (it is {config.data.kind})")
+    kept = any(column.endswith(":stored") for column in needs.columns)
+    require(not kept or config.data.kind == "stored", f"loss {name!r} compares with a stored distribution; set data.kind=stored (it is {config.data.kind})")
+    require(kept or config.data.kind != "stored", f"data.kind=stored holds a teacher's probabilities, which loss {name!r} does not read; choose to: stored in a FullKL")
     _check_places(config, require)
     require(critic is not None or not reads, f"loss {name!r} reads the values of a critic, and the run has none: choose critic=value")
     if critic is None:

@@ -56,13 +56,17 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+Stored = tuple[Sequence[int], Sequence[float]]
+"""The most probable tokens of a stored distribution, and their log-probabilities."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A run of tokens with one source.  ``logprobs`` and ``version`` are present exactly when ``source`` is ``policy``.
 
     ``trainable`` is one flag for the segment or one per token: a demonstration's user turns and tool outputs are not learnt from.  ``inputs``: what
     the model reads in the place of ``ids`` while it predicts what follows; the labels stay ``ids``.  ``label``: what is known of the segment of a
-    demonstration, a step's correctness for instance; it becomes the advantage column of its tokens.
+    demonstration, a step's correctness for instance; it becomes the advantage column of its tokens.  ``stored``: of every token, what a teacher gave its place.
     """
 
     ids: tuple[int, ...]
@@ -73,6 +77,7 @@ class Segment:
     trainable: bool | tuple[bool, ...] = True
     inputs: tuple[int, ...] | None = None
     label: float | None = None
+    stored: tuple[Stored | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class Row:
     ``ids``, ``sources``, ``trainable``, ``weight``, ``advantage``, ``version`` and every list of ``logps`` have one entry per token of the
     whole sequence, prompt included; a scalar stands for "the same everywhere".  An entry of ``logps`` is NaN where that policy has nothing to
     say.  ``trainable=None`` means: every token whose source is policy, demo or prefix.  ``inputs`` are read by the model in the place of ``ids``, which
-    stay the labels (a corrupted context, a learner's own action under an expert's label).
+    stay the labels (a corrupted context, a learner's own action under an expert's label).  ``stored``: what a teacher gave each token's place, or None.
 
     >>> Row(ids=[5, 6, 7, 8], sources=["prompt", "prompt", "policy", "policy"], logps={"behaviour": [nan, nan, -0.1, -0.7]},
     ...     advantage=1.0, group="question 1")
@@ -205,6 +210,7 @@ class Row:
     finish: Finish = "stop"
     context: str = ""
     inputs: Sequence[int] | None = None
+    stored: Sequence[Stored | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,6 +271,7 @@ class TokenBatch:
     ``group``        int64 S    group code, -1 without one; codes are unique over the optimizer step
     ``pair``         int64 S    pair code, -1 without one;  ``side`` is +1 chosen, -1 rejected, 0 neither
     ``rewards``      name -> S  reward vector
+    ``stored``       2 x [N,K]  ids and log-probs of a stored distribution of the target, id -1 where there is no entry; None without any
     ===============  =========  ==========================================================================================
 
     ``progress`` in [0, 1] drives schedules.  ``fresh`` says that the learner has not moved since ``old`` would have been taken, so an absent
@@ -294,6 +301,7 @@ class TokenBatch:
     fresh: bool = True
     totals: Totals | None = None
     memory: Mapping[str, float] = field(default_factory=dict)
+    stored: tuple[Tensor, Tensor] | None = None
 
     # -- shape ---------------------------------------------------------------------------------------------------------
     @property
@@ -379,6 +387,7 @@ class TokenBatch:
             contexts=tuple(r.context for r in given),
             progress=progress,
             fresh=fresh,
+            stored=_stored_columns(given, dtype) if any(row.stored is not None for row in given) else None,
         )
 
     # -- slicing -------------------------------------------------------------------------------------------------------
@@ -392,6 +401,7 @@ class TokenBatch:
             **changed,
             seq=seq,
             logps={k: v[columns] for k, v in self.logps.items()},
+            stored=None if self.stored is None else (self.stored[0][columns], self.stored[1][columns]),
             group=self.group[index],
             pair=self.pair[index],
             side=self.side[index],
@@ -427,8 +437,25 @@ class TokenBatch:
         names = [*_TOKEN_FIELDS, "group", "pair", "side"]
         moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in names}
         return replace(
-            self, **moved, logps={k: v.to(device) for k, v in self.logps.items()}, rewards={k: v.to(device) for k, v in self.rewards.items()}
+            self,
+            **moved,
+            logps={k: v.to(device) for k, v in self.logps.items()},
+            rewards={k: v.to(device) for k, v in self.rewards.items()},
+            stored=None if self.stored is None else (self.stored[0].to(device), self.stored[1].to(device)),
         )
+
+
+def _stored_columns(rows: Sequence[Row], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(ids [N, K], logps [N, K])``, as wide as the longest entry."""
+    entries: list[Stored | None] = []
+    for index, row in enumerate(rows):
+        entries += _per_token(row.stored if row.stored is not None else [None] * len(row.ids), len(row.ids), "stored", index)[1:]
+    wide = max((len(e[0]) for e in entries if e is not None), default=0)
+    ids, logps = torch.full((len(entries), wide), -1, dtype=torch.int64), torch.zeros(len(entries), wide, dtype=dtype)
+    for i, entry in enumerate(entries):
+        if entry is not None:
+            ids[i, : len(entry[0])], logps[i, : len(entry[1])] = torch.tensor(entry[0]), torch.tensor(entry[1], dtype=dtype)
+    return ids, logps
 
 
 _TOKEN_FIELDS = ("input_ids", "target_ids", "positions", "seq", "source", "turn", "trainable", "advantage", "weight", "version")

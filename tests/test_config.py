@@ -142,6 +142,8 @@ def test_open_maps_need_no_plus() -> None:
         (["loss=fine_grained", "advantage=reward", "critic=value"], r"adds up a reward of every token.*choose advantage=placed"),
         (["loss=ppo_gae", "advantage=placed", "critic=value"], r"hands on a reward for every token, and loss 'ppo_gae' does not add them up; choose loss=fine_grained"),
         (["loss=grpo", "advantage=placed"], r"hands on a reward for every token, and loss 'grpo' does not add them up"),
+        (["loss=offline_kd", "rollout=replay", "data.kind=demos", "loss.regularizers.distill.to=stored"], r"compares with a stored distribution; set data.kind=stored \(it is demos\)"),
+        (["loss=sft", "rollout=replay", "data.kind=stored"], r"holds a teacher's probabilities, which loss 'sft' does not read; choose to: stored"),
         (["loss=reward_model", "advantage=group_norm"], r"trains a scalar head, which cannot sample; set rollout=replay"),
         (["loss=value", "rollout=replay", "data.kind=demos"], r"loss 'value' reads what a critic said before and cannot be run by itself"),
         (["loss=sft", "rollout=replay", "data.kind=steps"], r"data.kind=steps labels the ends of steps; loss 'sft' does not read there"),

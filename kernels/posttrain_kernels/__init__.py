@@ -8,6 +8,7 @@ from posttrain_kernels.linear_logprob import (
     linear_logprob,
     linear_logprob_reference,
 )
+from posttrain_kernels.linear_stored import linear_stored_kl, linear_stored_kl_reference
 
 __all__ = [
     "linear_argmax",
@@ -18,4 +19,6 @@ __all__ = [
     "linear_kl_reference",
     "linear_logprob",
     "linear_logprob_reference",
+    "linear_stored_kl",
+    "linear_stored_kl_reference",
 ]

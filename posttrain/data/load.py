@@ -18,9 +18,10 @@ from posttrain.data.prompts import to_prompts
 from posttrain.data.render import LossOn, Renderer
 from posttrain.data.report import Report
 from posttrain.data.steps import to_steps
+from posttrain.data.stored import to_stored
 from posttrain.records import Demo, Group, Pair, Prompt
 
-Kind = Literal["prompts", "demos", "pairs", "lists", "steps"]
+Kind = Literal["prompts", "demos", "pairs", "lists", "steps", "stored"]
 
 
 class NothingUsable(DataError):
@@ -97,8 +98,10 @@ def load_data(
             records, report = to_lists(rows, renderer, max_length=max_length, truncation=truncation)
         elif kind == "steps":
             records, report = to_steps(rows, renderer, max_length=max_length, truncation=truncation)
+        elif kind == "stored":
+            records, report = to_stored(rows, renderer, max_length=max_length, truncation=truncation)
         else:
-            raise DataError(f"unknown kind {kind!r}; choose prompts, demos, pairs, lists or steps")
+            raise DataError(f"unknown kind {kind!r}; choose prompts, demos, pairs, lists, steps or stored")
     except ValueError as error:
         raise DataError(f"{name}: {error}") from error
     for reason, count in skipped.items():

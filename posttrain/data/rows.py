@@ -105,6 +105,7 @@ def _tokens(segments: Sequence[Segment], name: str) -> Mapping[str, Any]:
     out: dict[str, list[Any]] = {"ids": [], "sources": [], "trainable": [], "turn": [], "version": []}
     behaviour: list[float] = []
     inputs: list[int] = []
+    stored: list[Any] = []
     for segment in segments:
         n = len(segment.ids)
         if segment.logprobs is not None and len(segment.logprobs) != n:
@@ -119,10 +120,16 @@ def _tokens(segments: Sequence[Segment], name: str) -> Mapping[str, Any]:
         if segment.inputs is not None and len(segment.inputs) != n:
             raise ValueError(f"sample {name!r}: a segment has {n} tokens but {len(segment.inputs)} inputs")
         inputs += segment.ids if segment.inputs is None else segment.inputs
+        stored += [None] * n if segment.stored is None else segment.stored
         out["ids"] += segment.ids
         out["sources"] += [segment.source] * n
         out["turn"] += [segment.turn] * n
         out["version"] += [-1 if segment.version is None else segment.version] * n
         behaviour += [math.nan] * n if segment.logprobs is None else segment.logprobs
     logps = {"behaviour": behaviour} if any(s.logprobs is not None for s in segments) else {}
-    return {**out, "logps": logps, "inputs": inputs if any(s.inputs is not None for s in segments) else None}
+    return {
+        **out,
+        "logps": logps,
+        "inputs": inputs if any(s.inputs is not None for s in segments) else None,
+        "stored": stored if any(s.stored is not None for s in segments) else None,
+    }

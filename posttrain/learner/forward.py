@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_argmax, linear_jsd, linear_kl, linear_logprob
+from posttrain_kernels import linear_argmax, linear_jsd, linear_kl, linear_logprob, linear_stored_kl
 from torch import Tensor, nn
 
 from posttrain.learner import attention
@@ -22,13 +22,14 @@ from posttrain.records import TokenBatch
 ALONE = ("entropy", "logp_greedy", "logsumexp")
 KINDS = (*ALONE, "kl_reverse", "kl_forward", "jsd")
 FROZEN = ("base", "teacher")
+STORED = "stored"
 Frozen = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states ``[n, D]`` of a frozen model, its head's weight and bias.  An empty weight means that the head is shared."""
 
 
 def parse_column(name: str) -> tuple[str, str | None, float]:
     """(kind, frozen model, beta) of ``entropy``, ``logp_greedy`` (of the most probable token), ``logsumexp`` (of the logits), ``kl_reverse:base``, ``kl_forward:teacher``,
-    ``jsd_0.5:teacher``, ...
+    ``jsd_0.5:teacher``, ``kl_forward:stored`` (what the batch itself holds of a teacher), ...
 
     Raises ``ValueError`` for any other name.
     """
@@ -38,8 +39,9 @@ def parse_column(name: str) -> tuple[str, str | None, float]:
         value = float(beta) if beta else 0.0
     except ValueError:
         value = math.nan
-    if kind not in KINDS or (to or None) not in ((None,) if kind in ALONE else FROZEN) or (kind == "jsd" and not 0 < value < 1):
-        known = ", ".join(ALONE) + ", and kl_reverse:WHO, kl_forward:WHO, jsd_BETA:WHO with WHO one of " + " or ".join(FROZEN)
+    others = (None,) if kind in ALONE else FROZEN if kind == "jsd" else (*FROZEN, STORED)
+    if kind not in KINDS or (to or None) not in others or (kind == "jsd" and not 0 < value < 1):
+        known = ", ".join(ALONE) + ", and kl_reverse:WHO, kl_forward:WHO, jsd_BETA:WHO with WHO one of " + " or ".join(FROZEN) + f", of a KL also {STORED}"
         raise ValueError(f"unknown full-vocabulary column {name!r}; choose from {known}")
     return kind, to or None, value
 
@@ -48,7 +50,7 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
     """A ``forward`` for the output layer: as before for a plain call, chunked log-probabilities when ``targets`` are given."""
 
     def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024, columns: tuple[str, ...] = (),
-                frozen: Mapping[str, Frozen] | None = None) -> Any:  # fmt: skip
+                frozen: Mapping[str, Frozen] | None = None, stored: tuple[Tensor, Tensor] | None = None) -> Any:  # fmt: skip
         if targets is None:
             return original(hidden)
         weight, bias = head.weight, getattr(head, "bias", None)
@@ -63,6 +65,11 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
         for name in columns:
             kind, to, beta = parse_column(name)
             if to is None or name in found:
+                continue
+            if to == STORED:
+                assert stored is not None
+                both = linear_stored_kl(hidden, weight, *stored, temperature=temperature, chunk=chunk, bias=bias)
+                found |= {f"kl_reverse:{to}": both[0], f"kl_forward:{to}": both[1]}
                 continue
             theirs, their_weight, their_bias = (frozen or {})[to]
             # adapters leave the head alone, so the frozen start shares it
@@ -127,17 +134,20 @@ class PolicyModule(nn.Module):
         frozen: Mapping[str, Frozen] | None = None,
         want_hidden: bool = False,
         adapter: bool = True,
+        stored: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        """``select`` ``[n]`` are the column indices to score, None for all.  ``frozen``: what the columns compare with, by name.
+        """``select`` ``[n]`` are the column indices to score, None for all.  ``frozen``: what the columns compare with, by name; ``stored``: ids and
+        log-probs ``[N, K]`` that they compare with.
         ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the selected hidden states instead."""
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:
             hidden = self.hidden(input_ids, positions, lengths)
         if select is not None:
             hidden, target_ids = hidden[select], target_ids[select]
+            stored = None if stored is None else (stored[0][select], stored[1][select])
         if want_hidden:
             return hidden
-        return self.head(hidden, targets=target_ids, temperature=temperature, chunk=self.chunk, columns=columns, frozen=frozen)
+        return self.head(hidden, targets=target_ids, temperature=temperature, chunk=self.chunk, columns=columns, frozen=frozen, stored=stored)
 
 
 def forward(
@@ -160,14 +170,20 @@ def forward(
     Raises ``ValueError`` for an unknown column, an empty batch, or a column whose model is missing.
     """
     wanted = tuple(sorted(columns))
-    others = {to for name in wanted if (to := parse_column(name)[1]) is not None}
+    others = {to for name in wanted if (to := parse_column(name)[1]) is not None} - {STORED}
+    if any(parse_column(name)[1] == STORED for name in wanted) and batch.stored is None:
+        if not bool(batch.trainable.any()):  # a rank without work takes part all the same
+            none = batch.input_ids.new_full((batch.num_tokens, 1), -1)
+            batch = batch.replace(stored=(none, none.float()))
+        else:
+            raise ValueError("the loss compares with a stored distribution and the data holds none; set data.kind=stored, or let the teacher be there (to: teacher)")
     if batch.num_tokens == 0:
         raise ValueError("the batch is empty; use an engine, which runs its own placeholder")
     select = batch.trainable.nonzero().squeeze(1) if only_trainable and not bool(batch.trainable.all()) else None
     lengths = batch.lengths
     row = (batch.input_ids, batch.target_ids, batch.positions, lengths, select, temperature)
     frozen = {to: _frozen(to, model, base_model if to == "base" else teacher_model, row) for to in sorted(others)}
-    found = model(*row, wanted, frozen, False, adapter)
+    found = model(*row, wanted, frozen, False, adapter, batch.stored)
     names = ("logp", *wanted)
     full = {name: _spread(value, select, batch.num_tokens) for name, value in zip(names, found, strict=True)}
     return full.pop("logp"), full

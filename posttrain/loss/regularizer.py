@@ -152,7 +152,8 @@ class FullKL:
     Equation: ``reverse``: ``sum_v p_v (log p_v - log q_v)``; ``forward``: ``sum_v q_v (log q_v - log p_v)``, with ``q`` the policy ``to``.
     Source: distillation; ASFT (forward anchor on supervised data).
 
-    ``direction``: reverse seeks modes, forward covers them.  ``to``: ``base`` or ``teacher``.  ``coef``: positive is a penalty.
+    ``direction``: reverse seeks modes, forward covers them.  ``to``: ``base``, ``teacher``, or ``stored``: what the data holds of a teacher, its most probable
+    tokens and a bucket for the rest (never more than the whole KL).  ``coef``: positive is a penalty.
 
     Wrong when: the two models do not share a vocabulary; or the KL of sequences is meant: this one holds the prefixes fixed.
     """

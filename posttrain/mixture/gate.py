@@ -238,7 +238,8 @@ def answer_of(demo: Demo) -> tuple[Segment, ...]:
         if skip < n:
             flags = segment.trainable
             inputs = None if segment.inputs is None else segment.inputs[skip:]
-            cut = replace(segment, ids=segment.ids[skip:], inputs=inputs, trainable=flags[skip:] if isinstance(flags, tuple) else flags)
+            stored = None if segment.stored is None else segment.stored[skip:]
+            cut = replace(segment, ids=segment.ids[skip:], inputs=inputs, stored=stored, trainable=flags[skip:] if isinstance(flags, tuple) else flags)
             out.append(cut)
         skip = max(skip - n, 0)
     return tuple(out)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from posttrain.testing.tiny import create_tiny_model
-from tests.recipes.conftest import SMALL, train
+from tests.recipes.conftest import ROOT, SMALL, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -51,3 +54,16 @@ def test_a_blend_learns_its_share_from_the_step_before(tmp_path: Path) -> None:
     assert shares[:2] == [0.5, 0.5] and slopes[0] is None
     assert all(s is not None and 0 < abs(s) < 1 for s in slopes[1:])
     assert shares[2:] == pytest.approx([0.5 + 0.1 * slopes[1], 0.5 + 0.1 * (slopes[1] + slopes[2])])
+
+
+def test_a_student_learns_from_a_teacher_that_was_asked_once(tmp_path: Path) -> None:
+    """The command writes what the teacher thinks of given answers; sharded weights, no teacher in the run."""
+    rows = [{"prompt": f"{i} + 1", "completion": str(i + 1)} for i in range(16)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    teacher = create_tiny_model(tmp_path / "teacher", seed=5, hidden_size=96, num_heads=3, num_kv_heads=1, num_layers=1, intermediate_size=96)
+    command = ["--teacher", str(teacher), "--data", str(tmp_path / "answers.jsonl"), "--out", str(tmp_path / "stored.jsonl"), "--top-k", "8"]
+    subprocess.run([sys.executable, "-m", "posttrain.data.stored", *command], check=True, cwd=ROOT)
+    words = ["recipe=sft", *SMALL, "loss=offline_kd", "loss.regularizers.distill.to=stored", "data.kind=stored", f"data.train.path={tmp_path / 'stored.jsonl'}"]
+    run = train(tmp_path / "run", *words, "rollout.prompts_per_step=16", "steps=6", "learner.lr=3e-3", "learner.warmup_steps=1", "learner.zero_stage=3")
+    distance = [row["demos/distill"] for row in run.rows]
+    assert min(distance) > 0 and distance[-1] < 0.9 * distance[0]
