@@ -17,6 +17,12 @@ MODULES = {
     "reinforcement": "Reinforcement learning",
     "supervised": "Imitation, distillation, self-training",
     "preference": "Preference objectives",
+    "off_policy": "Rollouts of another policy",
+    "scored": "Reward models, rewards of steps, critics",
+    "sampling": "Penalties, normalisers, the groups of a step",
+    "games": "Preferences sampled anew",
+    "turns": "Second attempts",
+    "given": "Given texts, weighed and doubted",
 }
 
 
@@ -46,8 +52,9 @@ def row(claim: Claim) -> str:
 
 HEAD = """# What small runs found
 
-What the sources claim, looked for where it can be computed: softmax tables in float64 that learn through the package's own records, advantages, gates, packing, two-pass weighing
-and objectives, with exact expectations where they can be summed. Written by `python -m tests.outcomes.report > docs/log.md`; `tests/outcomes/test_outcomes.py` runs every row again.
+What the sources claim, looked for where it can be computed: softmax tables in float64 (tables of numbers, where a scalar head stands) that learn through the package's own
+records, advantages, gates, packing, two-pass weighing and objectives, with exact expectations where they can be summed. Written by
+`python -m tests.outcomes.report > docs/log.md`; `tests/outcomes/test_outcomes.py` runs every row again.
 
 A row is *one* experiment. Where a claim **holds**, the {level:.0%} interval of the effect over seeds lies above 0; where it **does not hold**, the interval ends at or below 0; else it is
 **not decided**. Rates and lengths were set so that a run gets to where it goes in a second or two, not for the sign of an effect; a claim about language models

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from posttrain.advantage import GroupAdvantage
+from posttrain.advantage import GroupAdvantage, Reward
 from posttrain.data.rows import to_rows
+from posttrain.data.scored import read_at
 from posttrain.records import TokenBatch
-from tests.outcomes.toys import END, Policy, Run, Table, values
+from tests.loss.cases import composed
+from tests.outcomes import sampling
+from tests.outcomes.toys import END, Judge, Policy, Run, Table, demo_of, prompt_of, values
 
 
 def chain(length: int = 3, vocabulary: int = 4, ends: bool = False) -> Policy:
@@ -62,3 +65,39 @@ def test_one_step_goes_along_the_exact_gradient() -> None:
     (exact,) = torch.autograd.grad(total, probe.tables[0].values)
     assert torch.nn.functional.cosine_similarity(moved.flatten(), exact.flatten(), dim=0) > 0.97
     assert abs(float(moved.norm() / exact.norm()) - 1) < 0.1
+
+
+def test_a_judge_reads_behind_the_last_token() -> None:
+    """Prompt, place and the two tokens before, of two sequences in one batch."""
+    judge = Judge(torch.arange(1000, dtype=torch.float64), lambda p, t, last, before: ((p * 10 + t) * 10 + last) * 10 + before, 6)
+    rows = read_at(to_rows([demo_of("a", prompt_of(0, 6), (4, 2, 3)), demo_of("b", prompt_of(0, 6), (5,))]), "end")
+    batch = TokenBatch.from_sequences(rows, dtype=torch.float64)
+    read = judge.rows(batch).gather(1, batch.target_ids[:, None])[:, 0][batch.trainable]
+    assert read.tolist() == [332.0, 150.0]
+
+
+def test_a_critic_learns_beside_the_policy() -> None:
+    """Alone at first: only then does the policy move."""
+    for alone in (3, 2):
+        policy, critic = chain(), Judge(torch.zeros(2, dtype=torch.float64, requires_grad=True), lambda p, t, last, before: p, 4)
+        before = policy.tables[0].values.detach().clone()
+        Run(policy, "ppo_gae", steps=3, reward=lambda p, a: float(p), prompts=(0, 1), advantage=Reward(), critic=critic, critic_alone=alone).go()
+        assert torch.equal(policy.tables[0].values, before) == (alone == 3)
+        assert abs(float(critic.values[0].detach())) < 0.05 < float(critic.values[1].detach())
+
+
+def test_weights_of_all_answers_give_the_exact_gradient() -> None:
+    """Of expected reward less the KL of whole answers, on the tree; a k2 loss gives another."""
+    draw = torch.Generator().manual_seed(0)
+    start, table = (torch.randn(13, 3, generator=draw, dtype=torch.float64) for _ in range(2))
+    reward = torch.rand(27, generator=draw, dtype=torch.float64)
+    logp, batch = sampling.tree(start)
+    batch = batch.replace(advantage=reward.repeat_interleave(3))
+    table.requires_grad_()
+    columns = logp(table)
+    whole, base = columns.view(-1, 3).sum(1), batch.logps["base"].view(-1, 3).sum(1)
+    (exact,) = torch.autograd.grad((whole.exp() * (reward - sampling.COEF * (whole - base))).sum(), table, retain_graph=True)
+    for overrides, same in ((sampling.TO_GO, True), (sampling.as_loss("k2"), False)):
+        weights = composed("reinforce", overrides).weights(batch, columns.detach()) * 27 * whole.detach().exp().repeat_interleave(3)
+        (found,) = torch.autograd.grad((weights * columns).sum(), table, retain_graph=True)
+        assert torch.allclose(found, exact, atol=1e-12) == same

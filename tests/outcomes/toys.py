@@ -22,7 +22,7 @@ from posttrain.mixture.demos import Demos
 from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Sampling, Segment, Source, TokenBatch
 from posttrain.rollout.prefix import put_back
 from posttrain.rollout.strategy import Ask, StepInfo
-from posttrain.update import Learn
+from posttrain.update import Critic, Learn
 from tests.loss.cases import composed
 
 END = 0
@@ -121,6 +121,30 @@ class Policy:
         return answers, total
 
 
+@dataclass
+class Judge:
+    """A scalar head in the place of a policy: one number per column, which every target gets.
+
+    ``values`` ``[rows]``, read at ``index(prompt, position, last, before)``: the last token read and the one before it, 0 where there is none.
+    """
+
+    values: Tensor
+    index: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    vocabulary: int
+
+    def copy(self) -> Judge:
+        return replace(self, values=self.values.detach().clone().requires_grad_())
+
+    def trained(self) -> list[Tensor]:
+        return [self.values]
+
+    def rows(self, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+        prompt = batch.input_ids[batch.cu_seqlens[:-1]][batch.seq] - self.vocabulary
+        last = torch.where(batch.positions == 0, 0, batch.input_ids)
+        before = torch.where(batch.positions <= 1, 0, batch.input_ids.roll(1))
+        return self.values[self.index(prompt, batch.positions, last, before)][:, None].expand(-1, self.vocabulary)
+
+
 def values(rows: int, columns: int, start: Tensor | float = 0.0, learn: bool = True) -> Tensor:
     """What a table holds; ``start`` is broadcast."""
     return (torch.zeros(rows, columns, dtype=torch.float64) + start).clone().requires_grad_(learn)
@@ -150,6 +174,8 @@ def full_columns(names: Any, rows: Tensor, others: Mapping[str, Tensor]) -> dict
         kind, _, to = name.partition(":")
         if kind == "entropy":
             out[name] = -(p * rows).sum(1)
+        elif kind == "logp_greedy":
+            out[name] = rows.max(1).values
         elif kind == "kl_reverse":
             out[name] = (p * (rows - others[to])).sum(1)
         elif kind == "kl_forward":
@@ -165,14 +191,14 @@ def full_columns(names: Any, rows: Tensor, others: Mapping[str, Tensor]) -> dict
 class Learner:
     """What :class:`posttrain.update.Learn` drives, in this process: ``score``, ``step`` and ``move_base``."""
 
-    policy: Policy
+    policy: Any
     objective: Objective
     optimizer: torch.optim.Optimizer
-    base: Policy
+    base: Any
     teacher: Policy | None = None
     directions: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def _named(self, name: str) -> Policy:
+    def _named(self, name: str) -> Any:
         found = {"current": self.policy, "base": self.base, "teacher": self.teacher}[name]
         assert found is not None
         return found
@@ -222,10 +248,11 @@ class Run:
 
     ``reward(number, answer) -> float``.  ``advantage``, ``gate`` and ``strategy`` are the package's.  ``lag``: steps by which the sampling policy is behind.
     ``updates``: optimizer steps per batch.  ``noise``: deviation added to every recorded behaviour log-prob, or a function of (log-probs, generator).  ``watch``: called
-    after every step with the run.  ``fixed``: items of every step where nothing is sampled, a list or a function of the step.
+    after every step with the run.  ``fixed``: items of every step where nothing is sampled, a list or a function of the step.  ``critic``: learns beside the policy at
+    ``critic_rate``, alone for the first ``critic_alone`` steps.
     """
 
-    policy: Policy
+    policy: Any
     loss: str
     overrides: tuple[str, ...] = ()
     steps: int = 100
@@ -248,6 +275,9 @@ class Run:
     noise: Callable[[Sequence[float], torch.Generator], Sequence[float]] | None = None
     base_every: int = 0
     base_mix: float = 1.0
+    critic: Judge | None = None
+    critic_rate: float = 1.0
+    critic_alone: int = 0
     room: int = 100_000
     watch: Callable[[Run, int], None] | None = None
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -262,7 +292,7 @@ class Run:
         kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[self.optimizer]
         learner = Learner(self.policy, objective, kind(self.policy.trained(), lr=self.rate), self.base or self.policy.copy(), self.teacher)
         learn = Learn(objective, Packer(self.room, 1, self.updates), learner, self.seed, separate_demos=getattr(self.gate, "separate_step", False),
-                      base_every=self.base_every, base_mix=self.base_mix)  # fmt: skip
+                      base_every=self.base_every, base_mix=self.base_mix, critic=self._critic())  # fmt: skip
         draw = torch.Generator().manual_seed(self.seed)
         past = [self.policy.copy()]
         for step in range(self.steps):
@@ -277,6 +307,13 @@ class Run:
                 past = [*past, self.policy.copy()][-self.lag - 1 :]
             if self.watch is not None:
                 self.watch(self, step)
+
+    def _critic(self) -> Critic | None:
+        if self.critic is None:
+            return None
+        objective = composed("value")
+        optimizer = torch.optim.SGD(self.critic.trained(), lr=self.critic_rate)
+        return Critic(Learner(self.critic, objective, optimizer, self.critic), objective, self.critic_alone)
 
     def _given(self, step: int) -> list[Any]:
         return self.fixed(step) if callable(self.fixed) else list(self.fixed)
