@@ -106,7 +106,7 @@ CLAIMS = (
         "holds",
         effect=lambda n: min(n["decoupled"] - n["on-policy"] + 0.05, n["on-policy"] - 0.05 - n["PPO against the stale policy"]),
         effect_is="the smaller of both margins",
-        seeds=4,
+        seeds=3,
     ),
     *(
         Claim(
@@ -119,7 +119,7 @@ CLAIMS = (
             versus(name, label, lag),
             "does not hold" if name == "gspo" else "holds",
             note="Its clip of 3e-4 is made for a few mini-batches of one batch." if name == "gspo" else "",
-            seeds=4,
+            seeds=3,
         )
         for name, label, source, lag in (
             ("cispo", "CISPO", "2506.13585", 8),
@@ -137,7 +137,7 @@ CLAIMS = (
         "share of tokens masked",
         masked_share,
         "does not hold",
-        seeds=4,
+        seeds=3,
     ),
     Claim(
         "SAPO is steadier",
@@ -161,7 +161,7 @@ CLAIMS = (
             bounded(kind),
             "does not hold",
             note="The tail has nothing to do with the answer, so unbounded it mostly makes the steps longer.",
-            seeds=4,
+            seeds=3,
         )
         for kind, source in (("TIS", "Yao et al. 2025"), ("MIS", "Yao et al. 2025"), ("IcePop", "2510.18855"))
     ),
@@ -174,7 +174,7 @@ CLAIMS = (
         "probability of the right answer",
         lambda seed: {"TOPR": on_fixed("TOPR", seed)[0], "positives": on_fixed("positives", seed)[0]},
         "holds",
-        seeds=4,
+        seeds=3,
     ),
     Claim(
         "TOPR against REINFORCE",
@@ -187,6 +187,6 @@ CLAIMS = (
         "holds",
         effect=lambda n: min(n["TOPR"] + 20, -50 - n["REINFORCE"]),
         effect_is="TOPR above -20, REINFORCE below -50, the smaller",
-        seeds=4,
+        seeds=3,
     ),
 )
