@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from posttrain.loss.unified import Objective, Stream, declared
+from posttrain.mixture.control import now
 from posttrain.records import Row, TokenBatch
 
 PROBABILITIES = tuple(k / 100 for k in range(1, 100))
@@ -97,7 +98,8 @@ class Probe:
         acting = {k: r for k, r in self.whole.regularizers.items() if getattr(r, "streams", None) is None or self.name in r.streams}
         sampled = {k: r for k, r in acting.items() if declared(r, "column") is None}
         alone = {k: dataclasses.replace(r, streams=None) if getattr(r, "streams", None) else r for k, r in sampled.items()}
-        return Objective({self.name: self.stream}, alone, self.whole.name)
+        alone_at_start = dataclasses.replace(self.stream, coef=now(self.stream.coef, 0.0, {}))  # a blend that looks ahead needs the other streams
+        return Objective({self.name: alone_at_start}, alone, self.whole.name)
 
     @property
     def notes(self) -> list[str]:

@@ -16,8 +16,8 @@ from posttrain.advantage.shape import TailRisk, TrustMix
 from posttrain.advantage.step import DropOutliers
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, mask, reference
 from posttrain.mixture.demos import Demos
-from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Unsolved, changes
-from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled
+from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Unsolved, changes, is_given
+from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled, as_demo
 from posttrain.mixture.route import RightOnly
 from posttrain.mixture.schedule import WarmupCosine
 from posttrain.records import Demo, Group, Prompt, Rollout, Row, Sampling, Score, Segment, Source, TokenBatch
@@ -241,3 +241,24 @@ def test_a_controller_that_follows_nobody_is_told_who_there_is() -> None:
     control = Proportional(name="beta", metric="rollouts/kl", init=1.0, target=1.0, horizon=1.0)
     with pytest.raises(ValueError, match=r"follows the metric 'rollouts/kl', which this loss does not report; it reports a/x, b/y, c/z"):
         steer({"beta": control}, {}, {"c/z": (1.0, 1.0), "a/x": (1.0, 1.0), "loss": (1.0, 1.0), "b/y": (1.0, 1.0)}, 4)
+
+
+def test_whitening_by_the_root_of_variance_and_eps() -> None:
+    found = BatchWhiten("sequences", eps=3.0, eps_on="variance")([group(0.0, 2.0)])
+    assert values(found[0]) == pytest.approx([-0.5, 0.5])
+
+
+def test_who_has_nothing_to_learn_does_not_make_a_step_worth_something() -> None:
+    """Equal rewards but for an answer without a learnt token: nothing was at stake."""
+    whole = group(1.0, 1.0, 5.0)
+    silent = replace(whole.rollouts[2], segments=(replace(whole.rollouts[2].segments[0], trainable=False),))
+    found = BatchWhiten("tokens", eps=0.0)([replace(whole, rollouts=(*whole.rollouts[:2], silent))])
+    assert values(found[0]) == [0.0, 0.0, 0.0]
+
+
+def test_what_counts_as_given_and_what_a_rollout_hands_on_as_a_text() -> None:
+    (one,) = group(1.0).rollouts
+    mixed = (*one.segments, Segment((9,), Source.tool))
+    assert not is_given(replace(one, segments=mixed, finish="given")) and is_given(replace(one, segments=mixed[1:], finish="given"))
+    assert not is_given(replace(one, segments=mixed[1:]))
+    assert as_demo(one).rewards == {"reward": 1.0} and as_demo(replace(one, reward=None, advantage=2.0)).rewards == {}
