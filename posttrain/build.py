@@ -526,7 +526,7 @@ async def open_stage(
             base_mix=config.learner.base_mix,
             critic=None if critic is None else Critic(critic, config.critic.loss, config.critic.warmup_batches),  # type: ignore[union-attr]
         )
-        canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1)
+        canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1, critic=critic)
         reporter = Reporter(config, name, folder, console, tokenizer, timings, start)
         if found:
             remembered = checkpoint.read_controller(found[1])
@@ -536,7 +536,7 @@ async def open_stage(
             reporter.alarms.load_state_dict(remembered["alarms"])
             reporter.last = remembered.get("metrics", {})
             held_out.results |= remembered.get("evaluation", {})
-            canaries.moved = True
+            canaries.resumed()
             await publish(start, last=True)
             console.message(f"stage {name} goes on after step {start} of {config.steps}, from {found[1]}")
         run = Run(
