@@ -105,9 +105,9 @@ class Columns:
         if self.prompt_template is not None:
             out["prompt"] = self._fill(number, row, out)
         system = out.pop("system", self.system)
+        out["meta"] = {k: v for k, v in row.items() if k not in taken and k not in NAMES}
         if system is not None:
             _put_system(out, system)
-        out["meta"] = {k: v for k, v in row.items() if k not in taken and k not in NAMES}
         if rewards := self._rewards(number, row):
             out["rewards"] = rewards
         return out
@@ -170,12 +170,19 @@ def _put_system(row: dict[str, Any], system: str) -> None:
     """Put a system message first, where there is none.  A string prompt becomes a conversation."""
     message = {"role": "system", "content": system}
     if "prompt" in row:
-        prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-        row["prompt"] = prompt if prompt and prompt[0].get("role") == "system" else [message, *prompt]
+        row["prompt"] = _after(message, row["prompt"])
+    elif "completions" in row and isinstance(row["meta"].get("prompts"), (list, tuple)):  # a scored list whose answers have a prompt each
+        row["meta"]["prompts"] = [_after(message, prompt) for prompt in row["meta"]["prompts"]]
     for name in ("messages", "chosen", "rejected"):
         value = row.get(name)
         if isinstance(value, list) and value and value[0].get("role") not in ("system", "assistant" if name != "messages" else "system"):
             row[name] = [message, *value]
+
+
+def _after(message: Record, prompt: Any) -> list[Any]:
+    """The prompt as a conversation that begins with a system message: its own, or this one."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return turns if turns and turns[0].get("role") == "system" else [message, *turns]
 
 
 def row_id(row: Mapping[str, Any], *names: str) -> str:

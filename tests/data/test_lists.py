@@ -87,6 +87,9 @@ def test_every_answer_may_have_a_prompt_and_further_numbers_of_its_own(tiny: Any
     weights = load("sami").weights(batch.with_logps(current=batch.weight * 0.0 - 1.0))
     signs = [float(weights[batch.seq == i].sum()) for i in range(4)]
     assert signs[0] > 0 > signs[1] and signs[3] > 0 > signs[2]
+    (told,), _ = load_data("lists", [row], tiny, system="be honest")
+    assert all(tiny.decode(r.ids).count("be honest") == 1 for r in to_rows([told])), "the system message precedes every answer's own prompt"
+    assert row["prompts"][0] == entry[0][0], "the user's rows are left as they are"
     with pytest.raises(DataError, match="4 completions but 3 prompts"):
         load_data("lists", [{**row, "prompts": row["prompts"][:3]}], tiny)
     with pytest.raises(DataError, match=r"4 completions but 1 labels\.answer"):
