@@ -6,7 +6,7 @@ It is the folder that ``recipe=reward_model`` exports, or any ``...ForSequenceCl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from posttrain.records import Rollout, Score
 
 class RewardModel:
     """``path``: the model's folder or id.  ``dtype``: of its weights.  ``steps``: null scores the whole answer; ``min``, ``product``, ``mean`` or ``last`` of
-    the probabilities behind every ``separator`` makes a process reward model's verdict.  ``micro_batch_tokens``: columns per packed row.  ``num_gpus``: 0 runs on
-    the CPU.  ``on_truncated``: what a cut-off answer gets in the place of its score; null scores it like any other.
+    the probabilities behind every ``separator`` makes a process reward model's verdict; the last step of a finished answer is read
+    with one behind it.  ``micro_batch_tokens``: columns per packed row.  ``num_gpus``: 0 runs on the CPU.  ``on_truncated``: what a cut-off answer gets
+    in the place of its score; null scores it like any other.
 
     Source: arXiv 2203.02155; steps, arXiv 2305.20050.  Raises ``ValueError`` when the folder is no scalar model or its tokenizer is not the policy's.
     """
@@ -40,6 +41,7 @@ class RewardModel:
         self.micro_batch_tokens, self.num_gpus, self.on_truncated = micro_batch_tokens, num_gpus, on_truncated
         self._actor: Any = None
         self._marks: frozenset[int] = frozenset()
+        self._tokenizer: Any = None
 
     def check(self, tokenizer: Any) -> None:
         """The folder must hold a scalar model that reads the policy's tokens.  Called before anything starts."""
@@ -57,6 +59,7 @@ class RewardModel:
         if own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"reward model path={self.path}: its tokenizer is not the policy's, and it is given the policy's tokens")
         if self.steps is not None:
+            self._tokenizer = own
             self._marks = frozenset(i for token, i in own.get_vocab().items() if own.decode([i]).endswith(self.separator))
             if not self._marks:
                 raise ValueError(f"reward model path={self.path}: no token ends with separator={self.separator!r}, so steps never end")
@@ -68,7 +71,7 @@ class RewardModel:
         if self._actor is None:
             self._start()
         sequences = [tuple(self._ids(r)) for r in rollouts]
-        marks = [self._places(r) for r in rollouts]
+        marks = [self._places(r, ids) for r, ids in zip(rollouts, sequences, strict=True)]
         found = await asyncio.wrap_future(self._actor.score.remote(sequences, marks).future())
         return [self._verdict(r, numbers) for r, numbers in zip(rollouts, found, strict=True)]
 
@@ -78,16 +81,21 @@ class RewardModel:
         path = str(Path(self.path).resolve()) if Path(self.path).is_dir() else self.path
         self._actor = ray.remote(num_cpus=0, num_gpus=self.num_gpus)(ScoringActor).remote(path, self.dtype, self.micro_batch_tokens, not self.num_gpus)
 
-    @staticmethod
-    def _ids(rollout: Rollout) -> Iterable[int]:
-        return [*rollout.prompt.ids, *(i for segment in rollout.segments for i in segment.ids)]
+    def _ids(self, rollout: Rollout) -> list[int]:
+        """What the model reads.  The last step of a finished answer ends as every step did in training: in the separator, not in the end token."""
+        asked, answer = list(rollout.prompt.ids), [i for segment in rollout.segments for i in segment.ids]
+        if self.steps is not None and rollout.finish != "length":
+            start = max((k + 1 for k, i in enumerate(answer) if i in self._marks), default=0)
+            last = self._tokenizer.decode(answer[start:], skip_special_tokens=True)
+            if last.strip():
+                answer[start:] = self._tokenizer(last + self.separator, add_special_tokens=False)["input_ids"]
+        return asked + answer
 
-    def _places(self, rollout: Rollout) -> list[int]:
+    def _places(self, rollout: Rollout, ids: Sequence[int]) -> list[int]:
         """Indices of the tokens behind which the head is read: the last one, or the ends of steps in the answer."""
-        ids, first = list(self._ids(rollout)), len(rollout.prompt.ids)
         if self.steps is None:
             return [len(ids) - 1]
-        return [i for i in range(first, len(ids)) if ids[i] in self._marks]
+        return [i for i in range(len(rollout.prompt.ids), len(ids)) if ids[i] in self._marks]
 
     def _verdict(self, rollout: Rollout, numbers: Sequence[float]) -> Score:
         if rollout.finish == "length" and self.on_truncated is not None:

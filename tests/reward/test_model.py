@@ -64,9 +64,27 @@ def test_what_is_read(folder: str, tokenizer: Any) -> None:
     steps.check(tokenizer)
     answer = rollout(tokenizer, "q", "one\ntwo\nend")
     ids = whole._ids(answer)
-    assert whole._places(answer) == [len(ids) - 1]
-    assert [tokenizer.decode(ids[i]) for i in steps._places(answer)] == ["\n", "\n"]
-    assert steps._places(rollout(tokenizer, "a\nb", "c")) == [], "a line break in the question ends no step"
+    assert whole._places(answer, ids) == [len(ids) - 1] and tokenizer.decode(ids) == "qone\ntwo\nend"
+
+    def read(answer: Rollout) -> list[str]:
+        ids = steps._ids(answer)
+        return [tokenizer.decode(ids[: i + 1]) for i in steps._places(answer, ids)]
+
+    assert read(rollout(tokenizer, "a\nb", "c", "length")) == [], "a line break in the question ends no step, and a cut one has no end"
+
+
+def test_the_last_step_is_judged_as_it_was_in_training(folder: str, tokenizer: Any) -> None:
+    """An answer ends in the end token, not in a separator: read only where separators are, it would be judged without its conclusion."""
+    steps = RewardModel(folder, steps="last")
+    steps.check(tokenizer)
+    for text in ("one\ntwo\nend", "one\ntwo\nend" + tokenizer.eos_token, "one\ntwo\nend\n", "one\ntwo\nend\n" + tokenizer.eos_token):
+        answer = rollout(tokenizer, "q", text)
+        ids = steps._ids(answer)
+        ends = [tokenizer.decode(ids[: i + 1]) for i in steps._places(answer, ids)]
+        assert ends == ["qone\n", "qone\ntwo\n", "qone\ntwo\nend\n"], text
+    cut = rollout(tokenizer, "q", "one\ntwo\nen", "length")
+    assert len(steps._places(cut, steps._ids(cut))) == 2
+    assert len(pickle.dumps(steps)) > 0
 
 
 def test_verdicts(folder: str, tokenizer: Any) -> None:
