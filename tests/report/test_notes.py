@@ -87,3 +87,37 @@ def test_sources_are_read_from_docstrings() -> None:
     assert source_of(RatioClip) == "PPO, arXiv 1707.06347; high > low is clip-higher, DAPO, arXiv 2503.14476."
     assert source_of(Current).startswith("Williams 1992") and source_of(int) == ""
     assert sentences("Dr. X did it (i.e. Y). 0.5 is used! c is 3.") == ["Dr. X did it (i.e. Y).", "0.5 is used!", "c is 3."]
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ("bnpo", "token mean of the local batch by this name"),
+        ("ipo", "prime-rl gives this name to another thing"),
+        ("ipo", "a factor of the length in the target"),
+        ("sapo", "Another method of this name shares rollouts"),
+        ("dppo_tv", "loss=decoupled_ppo"),
+        ("iterative_rpo", "Not arXiv 2405.16436"),
+        ("rpo", "Not iterative RPO"),
+        ("cpo", "also that of constrained"),
+        ("apo_zero", "step_apo (DPO on steps) and a_star_po"),
+        ("rso", 'what several frameworks call "hinge"'),
+        ("tis", "by the product of the answer"),
+        ("cispo", "under the name epsilon_high"),
+        ("bco_pair", "its documentation shows another formula"),
+        ("simpo", "state gamma/beta"),
+        ("sppo", "without the half"),
+        ("dro", "squares the log-ratio per token"),
+        ("grpo", "mean over all tokens instead"),
+        ("gpg", "counts non-zero rewards instead"),
+        ("cdpo", "calls it label smoothing"),
+        ("dpo", "half the sequences"),
+        ("gvpo", "Not GMPO, GDPO or CPGD"),
+        ("orpo", "prompt *and* answer"),
+        ("exo", "4.5e-5"),
+    ],
+)
+def test_a_name_or_a_number_that_means_something_else_elsewhere_is_told(loss: str, told: str) -> None:
+    """Under its own name, where a user looks: the comment, which is what ``posttrain explain`` prints."""
+    notes = notes_of("loss", loss)
+    assert notes is not None and told in " ".join((notes.about, notes.run_with, notes.releases))
