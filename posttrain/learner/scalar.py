@@ -45,8 +45,10 @@ class ScalarModule(nn.Module):
         frozen: Mapping[str, Any] | None = None,
         want_hidden: bool = False,
         adapter: bool = True,
+        stored: Any = None,
     ) -> Any:
-        """``select`` ``[n]`` are the column indices to read, None for all.  There are no targets, temperatures or full-vocabulary columns."""
+        """``select`` ``[n]`` are the column indices to read, None for all.  There are no targets, temperatures, full-vocabulary columns
+        or stored distributions: a batch may hold one, and nothing reads it."""
         assert not columns and not want_hidden, "a scalar head has no probabilities"
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:

@@ -59,6 +59,15 @@ def test_the_numbers_are_those_of_transformers(tiny: str, tmp_path: Path) -> Non
     assert torch.equal(again.score(batch)["logp"], found), "a folder with a head keeps it"
 
 
+def test_both_heads_are_called_in_the_same_way() -> None:
+    """The forward of a batch passes everything by position, whatever the head."""
+    from inspect import signature
+
+    from posttrain.learner.forward import PolicyModule
+
+    assert list(signature(ScalarModule.forward).parameters) == list(signature(PolicyModule.forward).parameters)
+
+
 def test_a_new_head_depends_on_the_seed_alone(tiny: str) -> None:
     config = ModelConfig(path=tiny, dtype="float32")
     one, same, other = (load_model(config, seed=seed, head="scalar").score.weight for seed in (0, 0, 1))

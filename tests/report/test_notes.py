@@ -105,7 +105,7 @@ def test_sources_are_read_from_docstrings() -> None:
         ("tis", "by the product of the answer"),
         ("cispo", "under the name epsilon_high"),
         ("bco_pair", "its documentation shows another formula"),
-        ("simpo", "state gamma/beta"),
+        ("simpo", "states gamma/beta"),
         ("sppo", "without the half"),
         ("dro", "squares the log-ratio per token"),
         ("grpo", "mean over all tokens instead"),
