@@ -350,7 +350,7 @@ def adaptive_kl(seqs: Seqs, coef: float = 0.2) -> Tensor:
 
 def gae(
     seqs: Seqs, gamma: float = 1.0, lam: float = 0.95, coef: float = 0.0, each: bool = False, by_length: float = 0.0, whiten: bool = False, ddof: int = 0,
-    earned: bool = False,
+    earned: bool = False, per_answer: bool = False,
 ) -> Tensor:
     """PPO with the recursion of arXiv 1506.02438, backwards over the tokens that are learnt from."""
     advantage = {}
@@ -364,6 +364,9 @@ def gae(
             advantage[id(s), t], value = ahead, s["value"][t]
     mean, std = moments(list(advantage.values())) if whiten else (0.0, 1.0 - 1e-8)
     std *= math.sqrt(len(advantage) / (len(advantage) - ddof))
+    if per_answer:
+        answers = of(seqs, "policy")
+        return total([total([surrogate(s, t, advantage[id(s), t]) for t in w]) / len(w) for s in answers if (w := learnt(s, "policy"))]) / len(answers)
     return total([surrogate(s, t, (advantage[id(s), t] - mean) / (std + 1e-8)) for s, t in tokens_of(seqs)]) / len(advantage)
 
 

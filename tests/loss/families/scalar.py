@@ -100,6 +100,7 @@ CASES = {
         partial(gae, coef=0.3, each=True, whiten=True, ddof=1),
         wrong=(partial(gae, coef=0.3, whiten=True, ddof=1), partial(gae, coef=0.3, each=True), partial(gae, lam=1.0, coef=0.3, each=True, whiten=True, ddof=1)),
     ),
+    "concise_rl": Case("concise_rl", partial(gae, per_answer=True), wrong=(gae, partial(gae, lam=1.0, per_answer=True), partial(gae, coef=0.05, per_answer=True))),
     "ppo_gae": Case(
         "ppo_gae",
         partial(gae, coef=0.05, whiten=True, ddof=1),
