@@ -259,6 +259,8 @@ CLAIMS = (
         "wrong step has the lowest score",
         step_labels,
         "holds",
+        effect=lambda n: n[next(iter(n))] - list(n.values())[1] - 0.5,
+        effect_is="difference - 0.5",
     ),
     Claim(
         "a reward of steps without labels of steps",
