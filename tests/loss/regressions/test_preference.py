@@ -189,3 +189,29 @@ def test_prompt_tokens_never_count_and_the_last_token_does(name: str) -> None:
     last = torch.zeros(data.num_tokens, dtype=torch.bool)
     last[data.cu_seqlens[1:] - 1] = True
     assert bool((weights[last & on] != 0).all()) and bool((last & on).any())
+
+
+def test_a_hinge_with_a_reference_is_not_the_one_without() -> None:
+    """Several trainers call RSO's normalised hinge by SLiC's name: where the reference prefers the chosen answer, one is satisfied and the other not."""
+    rows = [row([-1.0], [-2.0], pair="a", side="chosen"), row([-9.0], [1.0], pair="a", side="rejected")]
+    with_reference = composed("rso").weights(batch(rows))
+    without = composed("slic", ("streams.chosen.coef=0",)).weights(batch(rows))
+    torch.testing.assert_close(with_reference, torch.tensor([0.1, -0.1], dtype=F64), rtol=1e-12, atol=0)
+    assert not bool(without.any()), "a log-prob 8 above the other's is more than delta = 1"
+
+
+def test_a_halved_sum_is_half_the_step() -> None:
+    """The authors' self-play code halves the sum of both sides, a trainer does not: the same learning rate is another step."""
+    rows = pair("a", [0.4, 0.1], [0.2])
+    whole, half = composed("sppo").weights(batch(rows)), composed("sppo", ("streams.labelled.coef=0.5",)).weights(batch(rows))
+    torch.testing.assert_close(whole[:2], torch.full((2,), 2 * (500 - 0.5), dtype=F64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(half, whole / 2, rtol=1e-12, atol=0)
+
+
+def test_the_share_of_flips_means_a_bound_in_one_loss_and_a_correction_in_the_other() -> None:
+    """One setting, label_smoothing: on a pair at the bound of the conservative loss the debiased one still pushes, and more than the clean loss."""
+    bound = math.log(9.0) / 0.1
+    rows = pair("a", [bound], [0.0])
+    chosen = {name: float(composed(name).weights(batch(rows))[0]) for name in ("cdpo", "robust_dpo", "dpo")}
+    assert chosen["cdpo"] == pytest.approx(0.0, abs=1e-12) and chosen["robust_dpo"] == pytest.approx(0.1 * (0.1 + 0.1 / 0.8), rel=1e-9)
+    assert chosen["robust_dpo"] > chosen["dpo"] > 0
