@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posttrain_kernels.linear_logprob import DEFAULT_CHUNK, _check, _inner, _logits
+from posttrain_kernels.linear_logprob import DEFAULT_CHUNK, _check, _Gradients, _inner, _logits
 
 
 def _mixed(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
@@ -50,10 +50,7 @@ class _LinearJSD(torch.autograd.Function):
         hidden, weight, bias, other_hidden, other_weight, other_bias = ctx.saved_tensors
         beta, temperature, chunk = ctx.options
         n, dtype = hidden.shape[0], _inner(hidden)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if want_bias and bias is not None else None
+        sums = _Gradients(ctx, hidden, weight, bias, temperature)
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             logp = torch.log_softmax(_logits(hidden[rows], weight, bias, temperature, dtype), -1)
@@ -61,20 +58,8 @@ class _LinearJSD(torch.autograd.Function):
             p = logp.exp()
             pg = _times(p, logp - _mixed(logp, logq, beta))
             grad_z = (1 - beta) * grad[rows, None] * (pg - p * pg.sum(-1, keepdim=True))
-            if temperature != 1.0:
-                grad_z /= temperature
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_z @ weight.to(dtype)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += grad_z.t() @ hidden[rows].to(dtype)
-            if grad_bias is not None:
-                grad_bias += grad_z.sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            *(None,) * 6,
-        )
+            sums.add(rows, grad_z)
+        return sums.result(6)
 
 
 def linear_jsd(

@@ -45,6 +45,37 @@ def _statistics(z: Tensor, need_entropy: bool) -> tuple[Tensor, Tensor | None]:
     return lse, lse - torch.where(p > 0, p * z, 0.0).sum(-1)
 
 
+class _Gradients:
+    """Of an output layer, added up from those of its logits, a chunk of rows at a time.  ``low``: the type that is multiplied in."""
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, low: torch.dtype | None = None) -> None:
+        dtype = _inner(hidden)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        self.inputs, self.temperature, self.low = (hidden, weight, bias), temperature, low or dtype
+        self.hidden = torch.zeros_like(hidden) if want_hidden else None
+        self.weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if want_bias and bias is not None else None
+        self.multiplied = weight.to(self.low)
+
+    def add(self, rows: slice, grad_z: Tensor) -> None:
+        """``grad_z`` ``[n, V]`` is by the logits after the temperature; it is changed."""
+        if self.temperature != 1.0:
+            grad_z /= self.temperature
+        hidden, low = self.inputs[0], grad_z.to(self.low)
+        if self.hidden is not None:
+            self.hidden[rows] = (low @ self.multiplied).to(hidden.dtype)
+        if self.weight is not None:
+            self.weight += low.t() @ hidden[rows].to(self.low)
+        if self.bias is not None:
+            self.bias += grad_z.sum(0)
+
+    def result(self, constants: int) -> tuple[Tensor | None, ...]:
+        """What ``backward`` returns: by hidden, weight and bias, in their own types, and None for the other arguments."""
+        _, weight, bias = self.inputs
+        by_bias = self.bias.to(bias.dtype) if self.bias is not None and bias is not None else None
+        return (self.hidden, self.weight.to(weight.dtype) if self.weight is not None else None, by_bias, *(None,) * constants)
+
+
 class _LinearLogprob(torch.autograd.Function):
     """Forward keeps ``[N]`` numbers only; backward recomputes one chunk of logits at a time.
 
@@ -77,10 +108,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         temperature, chunk, need_entropy = ctx.options
         n, dtype = hidden.shape[0], _inner(hidden)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if want_bias and bias is not None else None
+        sums = _Gradients(ctx, hidden, weight, bias, temperature, weight.dtype if weight.is_cuda else None)
         w = weight if weight.is_cuda else weight.to(dtype)
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
@@ -91,24 +119,8 @@ class _LinearLogprob(torch.autograd.Function):
             if need_entropy:
                 grad_z -= torch.where(p > 0, grad_entropy[rows, None] * p * (logq + entropy[rows, None]), 0.0)
             grad_z.scatter_add_(1, targets[rows, None], g)
-            if temperature != 1.0:
-                grad_z /= temperature
-            low = weight.dtype if weight.is_cuda else dtype
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_z.to(low) @ w.to(low)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += grad_z.to(low).t() @ hidden[rows].to(low)
-            if grad_bias is not None:
-                grad_bias += grad_z.sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            None,
-            None,
-            None,
-            None,
-        )
+            sums.add(rows, grad_z)
+        return sums.result(4)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor | None, temperature: float, chunk: int) -> None:
@@ -184,10 +196,7 @@ class _LinearKL(torch.autograd.Function):
         hidden, weight, bias, base_hidden, base_weight, base_bias, reverse = ctx.saved_tensors
         temperature, chunk = ctx.options
         n, dtype = hidden.shape[0], _inner(hidden)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if want_bias and bias is not None else None
+        sums = _Gradients(ctx, hidden, weight, bias, temperature)
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             logp = torch.log_softmax(_logits(hidden[rows], weight, bias, temperature, dtype), -1)
@@ -195,24 +204,8 @@ class _LinearKL(torch.autograd.Function):
             p = logp.exp()
             grad_z = torch.where(p > 0, grad_reverse[rows, None] * p * (logp - logq - reverse[rows, None]), 0.0)
             grad_z += grad_forward[rows, None] * (p - logq.exp())
-            if temperature != 1.0:
-                grad_z /= temperature
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_z @ weight.to(dtype)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += grad_z.t() @ hidden[rows].to(dtype)
-            if grad_bias is not None:
-                grad_bias += grad_z.sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+            sums.add(rows, grad_z)
+        return sums.result(5)
 
 
 def linear_kl(

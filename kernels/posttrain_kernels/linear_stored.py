@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from posttrain_kernels.linear_logprob import DEFAULT_CHUNK, _check, _inner, _logits
+from posttrain_kernels.linear_logprob import DEFAULT_CHUNK, _check, _Gradients, _inner, _logits
 
 REST = 1e-8
 """The least that is left for the bucket: a stored distribution that claims everything would make the reverse KL infinite."""
@@ -72,10 +72,7 @@ class _LinearStored(torch.autograd.Function):
         hidden, weight, bias, ids, logq, reverse = ctx.saved_tensors
         temperature, chunk = ctx.options
         n, dtype = hidden.shape[0], _inner(hidden)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if want_bias and bias is not None else None
+        sums = _Gradients(ctx, hidden, weight, bias, temperature)
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             there, q, q_rest = _stored(ids[rows], logq[rows], dtype)
@@ -90,20 +87,8 @@ class _LinearStored(torch.autograd.Function):
             gap[where, at[there]] = (named - _log(q))[there]
             grad_z = grad_forward[rows, None] * (p - target) + grad_reverse[rows, None] * _times(p, gap - reverse[rows, None])
             grad_z = torch.where(there.any(-1, keepdim=True), grad_z, 0.0)
-            if temperature != 1.0:
-                grad_z /= temperature
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_z @ weight.to(dtype)).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += grad_z.t() @ hidden[rows].to(dtype)
-            if grad_bias is not None:
-                grad_bias += grad_z.sum(0)
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            *(None,) * 4,
-        )
+            sums.add(rows, grad_z)
+        return sums.result(4)
 
 
 def linear_stored_kl(
