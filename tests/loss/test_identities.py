@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -429,3 +430,18 @@ def test_entropy_and_full_kl_signs() -> None:
         assert out.metrics["rollouts/term"][0] == pytest.approx(float(columns[term.column]))
     with pytest.raises(ValueError, match="needs the column 'entropy'"):
         objective_with(regularizer.Entropy())(batch, rows[:, 0])
+
+
+def test_a_band_keeps_its_ends() -> None:
+    """A probability of exactly a half, which 2 to the power of -1 is in any precision."""
+    batch = policy_batch([[math.log(0.5), math.log(0.25), math.log(0.125)]], [1.0])
+    (view,) = objective_with(mask.ProbabilityBand(0.25, 0.5)).views(batch).values()
+    for low, high, kept in ((0.25, 0.5, [1.0, 1.0, 0.0]), (0.125, 0.25, [0.0, 1.0, 1.0])):
+        assert mask.ProbabilityBand(low, high).factor(view, view.batch.advantage).tolist() == kept
+
+
+@pytest.mark.parametrize("make", [regularizer.KL, regularizer.FullKL, regularizer.JensenShannon, regularizer.Entropy, regularizer.PairCentre])
+def test_streams_named_in_a_list_are_kept_as_a_tuple(make: Any) -> None:
+    """Terms are hashable values: two that name the same streams are the same."""
+    assert make(streams=["rollouts"]) == make(streams=("rollouts",)) and hash(make(streams=["rollouts"])) == hash(make(streams=("rollouts",)))
+    assert make(streams="rollouts").streams == ("rollouts",)
