@@ -105,7 +105,7 @@ def test_learning_pair_by_half_would_be_another_thing(tiny: str) -> None:
 
 def test_several_updates_see_the_policy_they_started_from(tiny: str) -> None:
     """``old`` is scored once, before the first update; the second update's ratios are then not 1."""
-    one, several = (learnt(tiny, "grpo", groups(), 10_000, updates, ("streams.rollouts.masks.clip.low=0.001", "streams.rollouts.masks.clip.high=0.001")) for updates in (1, 2))
+    one, several = (learnt(tiny, "grpo", groups(), 10_000, updates, ("streams.rollouts.masks.clip.low=0.01", "streams.rollouts.masks.clip.high=0.01")) for updates in (1, 2))
     assert one[1]["rollouts/clip/masked"] == 0.0, "on the first update the policy is its own old one"
     assert several[1]["rollouts/clip/masked"] > 0.0
     assert several[2].scored == 2 and one[2].scored == 0, "each of the two steps' parts once, nothing when there is one"

@@ -83,6 +83,16 @@ def _clamped(ratio: str, least: Scalar, most: Scalar, over: str = "") -> str:
 def _ordered(term: Any) -> None:
     if not callable(term.min) and not callable(term.max) and term.min > term.max:
         raise ValueError(f"mask.{type(term).__name__}: min={term.min} is above max={term.max}")
+    _around_one(term)
+
+
+def _around_one(term: Any) -> None:
+    """Bounds on a ratio are ratios, and the ratio of a policy to itself is 1: an epsilon of a clip, 0.2, is not one."""
+    name = f"mask.{type(term).__name__}"
+    if not callable(term.max) and term.max < 1:
+        raise ValueError(f"{name}: max={term.max} is the largest ratio itself, not a distance from 1, and would act on every token; write {1 + term.max:g}, or null")
+    if not callable(term.min) and term.min > 1:
+        raise ValueError(f"{name}: min={term.min} is the smallest ratio itself, and would act on a policy that has not moved; it lies between 0 and 1")
 
 
 def _above_zero(term: Any, *names: str) -> None:
@@ -90,6 +100,10 @@ def _above_zero(term: Any, *names: str) -> None:
         value = getattr(term, name)
         if not callable(value) and not value > 0:
             raise ValueError(f"mask.{type(term).__name__}: {name}={value} must be above 0")
+
+
+TOKEN_RANGE, GEOMETRIC_RANGE = 0.1, 0.01
+"""From here on a clip range is one of token ratios; below this, one of geometric means over answers."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,26 @@ class RatioClip(_Ratio):
         self._check(low=0.0, high=0.0)
         if not callable(self.low) and self.low > 1:
             raise ValueError(f"mask.RatioClip: low={self.low} must be at most 1, because 1 - low is a ratio; 1 switches the lower side off")
+
+    def fits(self, stream: Any) -> None:
+        """Raise ``ValueError`` for a range on the scale of another ratio, or written as the ratio itself."""
+        level = self.level or stream.likelihood.ratio
+        for name, off in (("low", 1.0), ("high", math.inf)):
+            value = getattr(self, name)
+            if callable(value) or value in (0.0, off):
+                continue
+            if name == "high" and value >= 1:
+                raise ValueError(f"mask.RatioClip: high={value} is a distance from 1, so ratios up to {1 + value:g} would be kept; write {value - 1:g} for {value:g}, or inf")
+            if level == "sequence_geometric" and value >= TOKEN_RANGE:
+                raise ValueError(
+                    f"mask.RatioClip: {name}={value} is a range for the ratio of a token; the geometric mean over an answer stays within a thousandth or so of 1, and "
+                    "would never be clipped: 3e-4 and 4e-4 are GSPO's"
+                )
+            if level == "token" and value < GEOMETRIC_RANGE:
+                raise ValueError(
+                    f"mask.RatioClip: {name}={value} is a range for the geometric mean over an answer; the ratio of a token leaves it at the first update: 0.2 is usual, "
+                    "or set likelihood.ratio=sequence_geometric"
+                )
 
     @property
     def formula(self) -> str:
@@ -264,6 +298,7 @@ class Reject(_Ratio):
         self._check(min=0.0, max=0.0)
         if not callable(self.min) and not callable(self.max) and self.min > self.max:
             raise ValueError(f"mask.Reject: min={self.min} is above max={self.max}: everything would be rejected")
+        _around_one(self)
 
     @property
     def formula(self) -> str:

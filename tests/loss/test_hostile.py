@@ -150,7 +150,7 @@ def test_rejecting_every_token_gives_zero() -> None:
             reference.Named("behaviour"),
             advantage.Column(),
             aggregate.TokenMean(denominator),
-            {"reject": mask.Reject(0.0, 0.0)},
+            {"reject": mask.ProbabilityBand(0.999, 1.0)},
         )
         assert not bool(Objective({"rollouts": stream}).weights(batch).any())
 

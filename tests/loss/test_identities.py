@@ -71,7 +71,7 @@ def test_cap() -> None:
     assert clip_weight(8, -1.0, mask.Cap(5.0)) == pytest.approx(-5.0)
     assert clip_weight(3, 1.0, mask.Cap(5.0)) == pytest.approx(3.0)
     assert clip_weight(8, 1.0, mask.Cap(math.inf)) == pytest.approx(8.0)
-    assert clip_weight(8, 1.0, mask.Cap(0.0)) == 0.0
+    assert clip_weight(8, 1.0, mask.Cap(1.0)) == pytest.approx(1.0)
     assert clip_weight(math.exp(100), 1.0, mask.Cap(5.0)) == pytest.approx(5.0)
 
 
@@ -192,9 +192,10 @@ def test_a_stale_batch_without_old_is_an_error() -> None:
 
 
 def test_geometric_ratio_of_single_tokens_is_the_token_ratio() -> None:
-    batch = policy_batch([[-1.0], [-0.5]], [1.0, -1.0], old=[[-1.2], [-0.4]])
-    wide = ("streams.rollouts.masks.clip.low=0.2", "streams.rollouts.masks.clip.high=0.2")
-    torch.testing.assert_close(composed("gspo", wide).weights(batch), composed("grpo").weights(batch))
+    batch = policy_batch([[-1.0], [-0.5]], [1.0, -1.0], old=[[-1.05], [-0.3]])
+    wide = ("streams.rollouts.masks.clip.low=0.09", "streams.rollouts.masks.clip.high=0.09")
+    torch.testing.assert_close(composed("gspo", wide).weights(batch), composed("grpo", wide).weights(batch))
+    assert composed("gspo", wide).weights(batch).tolist() == pytest.approx([math.exp(0.05) / 2, 0.0])
 
 
 def test_geometric_ratio_gives_one_weight_per_sequence_and_clips_it_whole() -> None:

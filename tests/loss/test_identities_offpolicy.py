@@ -58,7 +58,7 @@ def test_no_bound_is_no_mask_and_a_rejected_token_keeps_its_place_unless_told() 
     open_bounds = ("streams.rollouts.masks.reject.min=0.0", "streams.rollouts.masks.reject.max=inf")
     plain = ("streams.rollouts.reference.to=behaviour",)
     torch.testing.assert_close(composed("icepop", open_bounds).weights(batch), composed("grpo", plain).weights(batch), rtol=0, atol=0)
-    nothing = ("streams.rollouts.masks.reject.min=1.0e9", "streams.rollouts.masks.reject.max=1.0e10")
+    nothing = ("streams.rollouts.masks.reject.min=1.0", "streams.rollouts.masks.reject.max=1.0")
     kept = "streams.rollouts.aggregation={_target_: posttrain.loss.aggregate.TokenMean, denominator: kept}"
     for overrides in (nothing, (*nothing, kept)):
         assert not bool(composed("icepop", overrides).weights(batch).any())

@@ -133,7 +133,7 @@ KNOBS = {
     "grpo": ["streams.rollouts.masks.clip.low=0.1", "streams.rollouts.masks.clip.high=0.4", "streams.rollouts.masks.clip=null"],
     "dapo": ["streams.rollouts.masks.clip.high=0.2", "streams.rollouts.masks.dual.c=1.3", "streams.rollouts.coef=0.5"],
     "dr_grpo": ["streams.rollouts.aggregation.length=128"],
-    "gspo": ["streams.rollouts.likelihood.ratio=token", "streams.rollouts.masks.clip.high=0.01"],
+    "gspo": ["streams.rollouts.likelihood.ratio=sequence", "streams.rollouts.masks.clip.high=0.01"],
     "cispo": ["streams.rollouts.masks.cap.max=1.05"],
     "dpo": ["streams.pairs.advantage.beta=0.2", "streams.pairs.advantage.label_smoothing=0.1", "streams.pairs.advantage.score=logp_sum"],
     "ipo": ["streams.pairs.advantage.beta=0.2"],

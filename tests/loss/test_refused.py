@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from posttrain.advantage import group, pick, plain, shape, step
-from posttrain.loss import advantage, aggregate, likelihood, mask, reference, regularizer, value
+from posttrain.loss import advantage, aggregate, likelihood, load, mask, reference, regularizer, value
 from posttrain.mixture import buffer, context, control, gate, pairs, schedule
 
 TINY = 1e-9
@@ -103,13 +103,13 @@ BOUNDS: list[tuple[Make, str, tuple[Any, ...], tuple[Any, ...], dict[str, Any]]]
     (mask.RatioClip, "to", ("old", "base"), ("self",), {}),
     (mask.DualClip, "c", (1 + TINY,), (1.0,), {}),
     (mask.DualClip, "level", (None, "sequence"), ("group",), {}),
-    (mask.Cap, "max", (0.0,), (-TINY,), {}),
+    (mask.Cap, "max", (1.0, math.inf), (-TINY, 0.0, 1 - TINY), {}),
     (mask.Cap, "min", (0.0, 1.0), (-TINY, 1.1), {"max": 1.0}),
-    (mask.Truncate, "max", (0.0,), (-TINY,), {}),
+    (mask.Truncate, "max", (1.0, math.inf), (-TINY, 0.0, 1 - TINY), {}),
     (mask.Truncate, "min", (0.0, 1.0), (-TINY, 1.1), {"max": 1.0}),
     (mask.Truncate, "apply", ("cap", "weight"), ("drop",), {}),
-    (mask.Reject, "min", (0.0, 2.0), (-TINY, 2.1), {"max": 2.0}),
-    (mask.Reject, "max", (0.5, 1.0), (0.4, -TINY), {"min": 0.5}),
+    (mask.Reject, "min", (0.0, 1.0), (-TINY, 1 + TINY, 2.1), {"max": 2.0}),
+    (mask.Reject, "max", (1.0, math.inf), (0.4, 1 - TINY, -TINY), {"min": 0.5}),
     (mask.ProbabilityBand, "min", (0.0, 0.5), (-TINY, 0.6), {"max": 0.5}),
     (mask.ProbabilityBand, "max", (0.5, 1.0), (0.4, 1 + TINY), {"min": 0.5}),
     (mask.DropTruncated, "reasons", (("stop",), ("length", "aborted")), (("ends",),), {}),
@@ -175,3 +175,45 @@ def test_the_last_value_taken_and_the_first_refused(make: Make, setting: str, ta
     for bad in refused:
         with pytest.raises(ValueError, match=r"\w"):
             make(**{**base, setting: bad})
+
+
+# -- one method's scale is not another's --------------------------------------------------------------------------------------------
+CLIP, CAP = "streams.rollouts.masks.clip", "streams.rollouts.masks.cap"
+
+
+@pytest.mark.parametrize(
+    ("loss", "override", "reason"),
+    [
+        ("gspo", f"{CLIP}.high=0.2", "high=0.2 is a range for the ratio of a token; the geometric mean over an answer"),
+        ("gspo", f"{CLIP}.low=0.1", "low=0.1 is a range for the ratio of a token"),
+        ("gspo_token", f"{CLIP}.high=0.28", "3e-4 and 4e-4 are GSPO's"),
+        ("grpo", "streams.rollouts.likelihood.ratio=sequence_geometric", "low=0.2 is a range for the ratio of a token"),
+        ("grpo", f"{CLIP}.level=sequence_geometric", "low=0.2 is a range for the ratio of a token"),
+        ("grpo", f"{CLIP}.high=0.0004", "high=0.0004 is a range for the geometric mean.*0.2 is usual"),
+        ("luspo", "streams.rollouts.likelihood.ratio=token", "low=0.002 is a range for the geometric mean"),
+        ("dapo", f"{CLIP}.high=1.28", "high=1.28 is a distance from 1, so ratios up to 2.28 would be kept; write 0.28 for 1.28"),
+        ("cispo", f"{CAP}.max=0.2", "max=0.2 is the largest ratio itself, not a distance from 1, and would act on every token; write 1.2"),
+        ("cispo", f"{CAP}.min=1.2", "min=1.2 is the smallest ratio itself"),
+        ("tis", "streams.rollouts.masks.tis.max=0.5", "max=0.5 is the largest ratio itself"),
+        ("icepop", "streams.rollouts.masks.reject.max=0.5", "max=0.5 is the largest ratio itself"),
+    ],
+)
+def test_a_value_on_the_scale_of_another_method_is_refused(loss: str, override: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load(loss, [override])
+
+
+@pytest.mark.parametrize(
+    ("loss", "overrides"),
+    [
+        ("gspo", (f"{CLIP}.low=1", f"{CLIP}.high=inf")),
+        ("gspo", (f"{CLIP}.low=0.0999", f"{CLIP}.high=0")),
+        ("grpo", (f"{CLIP}.low=0.01", f"{CLIP}.high=0.999")),
+        ("grpo", ("streams.rollouts.likelihood.ratio=sequence",)),
+        ("grpo", (f"{CLIP}.high={{_target_: posttrain.mixture.schedule.Linear, start: 1.5, end: 0.001}}",)),
+        ("cispo", (f"{CAP}.max=1",)),
+    ],
+)
+def test_what_a_scale_allows_is_taken(loss: str, overrides: tuple[str, ...]) -> None:
+    """A side that is switched off, a range just inside, the product of an answer's ratios, and schedules, which are nobody's scale."""
+    assert load(loss, overrides).streams["rollouts"]

@@ -10,16 +10,20 @@ import pytest
 import torch
 
 from posttrain.advantage.group import BatchWhiten, GroupAdvantage
-from posttrain.advantage.pick import BestMinusSecond, Extremes, GreedyBaseline
-from posttrain.advantage.plain import FreeBaseline
+from posttrain.advantage.pick import Among, BestMinusSecond, Extremes, GreedyBaseline
+from posttrain.advantage.plain import FreeBaseline, Placed
 from posttrain.advantage.shape import TailRisk, TrustMix
 from posttrain.advantage.step import DropOutliers
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, mask, reference
+from posttrain.mixture.context import Corrupt
 from posttrain.mixture.demos import Demos
+from posttrain.mixture.feasible import Feasible
 from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Unsolved, changes, is_given
 from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled, as_demo
+from posttrain.mixture.rejection import Rejection
 from posttrain.mixture.route import RightOnly
 from posttrain.mixture.schedule import WarmupCosine
+from posttrain.mixture.turns import WithoutCritique, _parts
 from posttrain.records import Demo, Group, Prompt, Rollout, Row, Sampling, Score, Segment, Source, TokenBatch
 
 Q = Prompt("q", (1, 2), text="q", answer="4")
@@ -262,3 +266,73 @@ def test_what_counts_as_given_and_what_a_rollout_hands_on_as_a_text() -> None:
     assert not is_given(replace(one, segments=mixed, finish="given")) and is_given(replace(one, segments=mixed[1:], finish="given"))
     assert not is_given(replace(one, segments=mixed[1:]))
     assert as_demo(one).rewards == {"reward": 1.0} and as_demo(replace(one, reward=None, advantage=2.0)).rewards == {}
+
+
+def test_groups_of_two_and_steps_of_one() -> None:
+    """The smallest that can be compared are, and one value has no deviation of its own."""
+    assert values(BestMinusSecond()([group(0.25, 1.0)])[0]) == [0.0, 0.75]
+    assert values(BatchWhiten("sequences", ddof=1)([group(2.0)])[0]) == [0.0]
+
+
+def test_lengths_are_those_of_the_answers_whose_rewards_count() -> None:
+    whole = group(None, 1.0, 0.0)
+    sizes = (5, 1, 3)
+    grown = [replace(r, segments=(replace(r.segments[0], ids=(7,) * n, logprobs=(-1.0,) * n),)) for r, n in zip(whole.rollouts, sizes, strict=True)]
+    assert values(GroupAdvantage("length_weighted", "none")([replace(whole, rollouts=tuple(grown))])[0]) == [None, 0.75, -0.25]
+
+
+def test_an_empty_answer_has_a_reward_per_token() -> None:
+    whole = group(1.0, 0.5, 0.0)
+    silent = replace(whole.rollouts[0], segments=())
+    kept = Among(keep=2, by="reward_per_token")([replace(whole, rollouts=(silent, *whole.rollouts[1:]))])[0]
+    assert [r.advantage is not None for r in kept.rollouts] == [True, True, False]
+
+
+@pytest.mark.parametrize(("coupling", "live"), [("batch", False), ("token", True)])
+def test_what_remembers_must_see_whole_steps_as_they_are(coupling: str, live: bool) -> None:
+    term = type("Forgetful", (advantage.Column,), {"remembers": True, "coupling": coupling, "live": live})()
+    with pytest.raises(ValueError, match="Forgetful remembers, so it must see whole steps"):
+        Objective({"rollouts": Stream(("policy",), likelihood.Token(), reference.Current(), term, aggregate.TokenMean())})
+
+
+def test_without_places_the_last_sampled_token_is_paid() -> None:
+    (one,) = Placed()([group(0.5)])[0].rollouts
+    assert one.paid == (0.0, 0.5) and one.placed
+    with_reply = replace(one, paid=None, segments=(*one.segments, Segment((9,), Source.tool)))
+    assert Placed()([Group(Q, (with_reply,))])[0].rollouts[0].paid == (0.0, 0.5, 0.0)
+
+
+def test_a_deviation_of_a_thousandth_is_none() -> None:
+    assert TailRisk._deviation([0.0, 0.002]) == 1.0 and TailRisk._deviation([0.0, 0.0022]) == pytest.approx(0.0011)
+
+
+@pytest.mark.parametrize("gate", [PassThrough(), Add(0), BestWorst(), Rejection(), Feasible({"honest": 0.5}), WithoutCritique(), Corrupt(9, 0.1), InTurn({})])
+def test_a_gate_that_takes_none_does_not_ask(gate: Any) -> None:
+    """A run that asked for demonstrations would want a file of them."""
+    assert gate.uses_demos is False
+
+
+def test_one_gate_of_several_is_enough_to_ask_for_demonstrations() -> None:
+    both = InTurn({"first": PassThrough(), "second": Unsolved(), "none": None})
+    assert both.uses_demos and not both.makes_pairs and InTurn({"a": PassThrough(), "b": BestWorst()}).makes_pairs
+
+
+def test_every_constraint_must_be_met() -> None:
+    whole = group(1.0, 0.0)
+    scores = ({"honest": Score(1.0), "kind": Score(0.0)}, {"honest": Score(0.5), "kind": Score(0.5)})
+    items = [replace(whole, rollouts=tuple(replace(r, scores=s) for r, s in zip(whole.rollouts, scores, strict=True)))]
+    _, pair = Feasible({"honest": 0.5, "kind": 0.5})(items, Demos([], None), 0, 0.0)
+    assert (pair.chosen.id, pair.rejected.id) == ("q/1", "q/0"), "the better answer breaks one of the two"
+
+
+def test_the_prompt_of_a_rollout_that_becomes_a_text_is_not_learnt() -> None:
+    (one,) = group(1.0).rollouts
+    first, *rest = as_demo(one).segments
+    assert first == Segment(one.prompt.ids, Source.prompt, trainable=False) and tuple(rest) == one.segments
+
+
+@pytest.mark.parametrize(("segments", "finish", "whole"), [("policy tool policy", "stop", True), ("policy tool", "stop", False), ("policy tool policy", "env_error", False), ("policy", "stop", False)])
+def test_an_episode_has_a_second_answer_or_not(segments: str, finish: str, whole: bool) -> None:
+    (one,) = group(1.0).rollouts
+    given = tuple(Segment((5 + i,), Source[word]) for i, word in enumerate(segments.split()))
+    assert (_parts(replace(one, segments=given, finish=finish)) is not None) == whole  # type: ignore[arg-type]
