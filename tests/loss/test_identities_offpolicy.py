@@ -175,6 +175,20 @@ def test_negative_taper_limits() -> None:
         composed("topr").weights(missing)
 
 
+@pytest.mark.parametrize(("p", "c", "share"), [(0.5, 0.2, 0.4), (0.1, -0.5, 0.25), (0.3, 0.0, 0.3)])
+def test_the_baseline_of_the_taper_sets_the_share_of_positives(p: float, c: float, share: float) -> None:
+    """Rewards of +1 and -1 less ``c``: ``p (1 - c) / (1 + (1 - 2p) c)`` of the gradient's size comes from the right answers."""
+    rewards = [1.0] * round(10 * p) + [-1.0] * round(10 * (1 - p))
+    batch = policy_batch([[-1.0]] * 10, [x - c for x in rewards], behaviour=[[-1.0]] * 10)
+    sizes = composed("topr").weights(batch).abs()
+    assert float(sizes[: round(10 * p)].sum() / sizes.sum()) == pytest.approx(share) == pytest.approx(p * (1 - c) / (1 + (1 - 2 * p) * c))
+
+
+def test_a_reward_of_nothing_is_no_negative_one() -> None:
+    """One framework tapers where the score is not above 0; in the estimator a reward of 0 has no gradient either way."""
+    assert composed("topr").weights(policy_batch([[-1.0]], [0.0], behaviour=[[-0.1]])).tolist() == [0.0]
+
+
 def fixed_data(loss: str, steps: int = 800) -> tuple[float, float, float]:
     """A frozen data set of eight answers of one token, drawn uniformly, two of them right (+1) and the rest wrong (-1), learnt for long:
     ``(probability of a right one, largest logit, log-prob of a wrong one)``."""

@@ -419,3 +419,20 @@ def test_impossible_settings_are_refused_with_the_reason(make_term: Any, reason:
 def test_the_clip_table_holds_beside_a_cap_with_a_floor() -> None:
     assert clip_weight(0.5, 1.0, mask.Cap(1.2, min=0.8)) == pytest.approx(0.8)
     assert clip_weight(2.0, -1.0, mask.Cap(1.2, min=0.8)) == pytest.approx(-1.2)
+
+
+@pytest.mark.parametrize("constant", [0.7, -3.0])
+def test_a_constant_baseline_changes_nothing_on_the_policys_own_samples(constant: float) -> None:
+    """All 27 answers of the tree, as often as the policy says them: exact; of another policy's samples it is not innocent."""
+    logits, _ = tree(3)
+    leaves, rewards = all_leaves(logits), torch.rand(27, generator=torch.Generator().manual_seed(4), dtype=F64)
+
+    def gradient(baseline: float, often: Tensor) -> Tensor:
+        batch = policy_batch(leaves.tolist(), (rewards - baseline).tolist(), fresh=True).replace(weight=often.repeat_interleave(3))
+        weight = 27 * composed("reinforce").weights(batch)
+        return torch.autograd.grad((weight * leaves.flatten()).sum(), logits, retain_graph=True)[0]
+
+    own, uniform = leaves.detach().sum(1).exp(), torch.full((27,), 1 / 27, dtype=F64)
+    exact = torch.autograd.grad((leaves.sum(1).exp() * rewards).sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(gradient(constant, own), exact, rtol=0, atol=1e-12)
+    assert float((gradient(constant, uniform) - gradient(0.0, uniform)).norm()) > 0.1
