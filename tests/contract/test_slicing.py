@@ -32,7 +32,7 @@ def with_regularizers() -> Objective:
         reference=reference.Named("behaviour"),
         advantage=advantage.Column(),
         aggregation=aggregate.SequenceMeanTokenMean(),
-        masks={"clip": mask.RatioClip(0.1, 0.1), "tis": mask.Truncate(1.1, level="token"), "long": mask.DropTruncated()},
+        masks={"clip": mask.RatioClip(0.05, 0.05), "tis": mask.Truncate(1.1, level="token"), "long": mask.DropTruncated()},
     )
     return Objective({"rollouts": stream}, EVERYTHING)
 
