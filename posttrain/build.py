@@ -349,6 +349,7 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
         tensor_parallel=rollout.tensor_parallel,
         trust_remote_code=config.model.trust_remote_code,
         version=version,
+        return_routing=config.learner.routing == "engine",
     )
     pool = EnginePool(
         engine,
@@ -524,6 +525,7 @@ async def open_stage(
             separate_demos=getattr(gate.gate, "separate_step", False),
             base_every=config.learner.base_every,
             base_mix=config.learner.base_mix,
+            routing=config.learner.routing,
             critic=None if critic is None else Critic(critic, config.critic.loss, config.critic.warmup_batches),  # type: ignore[union-attr]
         )
         canaries = Canaries(config.check, learner, patience=2 if config.model.lora else 1, critic=critic)

@@ -131,7 +131,8 @@ class MixtureConfig:
 class LearnerConfig:
     """The optimizer and how the batch is cut.  ``updates_per_batch`` optimizer steps are taken on each batch of experience;
     ``micro_batch_tokens`` bounds a packed row.  ``threads`` null shares the machine's cores among the ranks.  Every ``base_every`` batches (0:
-    never) the base the loss compares with becomes ``base_mix`` times the policy plus the rest of itself."""
+    never) the base the loss compares with becomes ``base_mix`` times the policy plus the rest of itself.  ``routing``: the experts of a mixture; ``own``: chosen
+    anew in every pass; ``engine``: those that sampled the answer; ``old``: those of the learner before the first of several updates."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = 0
@@ -152,6 +153,7 @@ class LearnerConfig:
     threads: int | None = None
     base_every: int = 0
     base_mix: float = 1.0
+    routing: Literal["own", "engine", "old"] = "own"
 
 
 @dataclass
@@ -403,6 +405,7 @@ def check(config: RunConfig) -> None:
         f"loss {config.loss.name!r} compares with a teacher: give model.teacher=FOLDER_OR_ID (a model with the same tokenizer)",
     )
     _check_heads(config, require)
+    _check_routing(config, require)
     unfilled = sorted(needs.references - FILLED - ({"value"} if config.critic is not None else set()))
     require(
         not unfilled,
@@ -488,6 +491,18 @@ def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> Non
     require(own.head == "scalar" and own.at == "before", f"critic.loss={critic.loss.name!r} is no critic's: its likelihood must be Score(at=before)")
     require(own.keep_whole is None, f"critic.loss={critic.loss.name!r} compares whole groups or steps, which a critic's loss cannot")
     require(0 <= critic.warmup_batches < config.steps, f"critic.warmup_batches={critic.warmup_batches} must be at least 0 and below steps={config.steps}")
+
+
+def _check_routing(config: RunConfig, require: Callable[[bool, str], None]) -> None:
+    """Whether there is something to replay."""
+    routing, learner = config.learner.routing, config.learner
+    require(routing != "engine" or config.rollout.kind == "vllm", "learner.routing=engine replays the experts that sampled an answer; with rollout=replay nothing is sampled: set learner.routing=own")
+    require(
+        routing != "old" or (learner.updates_per_batch > 1 and "old" in config.loss.needs.references),
+        f"learner.routing=old replays the experts of the learner before several updates on one batch; it needs learner.updates_per_batch above 1 (it is "
+        f"{learner.updates_per_batch}) and a loss that compares with the old policy",
+    )
+    require(routing == "own" or config.loss.needs.head == "lm", "learner.routing belongs to a language model that samples; set learner.routing=own")
 
 
 def _check_places(config: RunConfig, require: Callable[[bool, str], None]) -> None:

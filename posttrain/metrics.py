@@ -124,6 +124,7 @@ FAMILIES: dict[str, list[Metric]] = {
         mismatch/mean_exp_abs | mean | tokens | factor | mean of exp of the absolute difference; 1 is perfect
         mismatch/k1 | mean | tokens | nats | estimate of KL(engine, learner), unbiased and signed
         mismatch/k3 | mean | tokens | nats | estimate of KL(engine, learner), never negative
+        mismatch/routing | mean | choices | share | replayed experts that the learner would have chosen too
     """),
     "Rollouts": _family("""
         rollout/generated | sum | | rollouts | rollouts sampled for this step

@@ -23,6 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+NO_EXPERT = -1
+"""Where a routing names no expert: the model chooses there."""
+
 Finish = Literal["stop", "length", "aborted", "env_error", "given"]
 Status = Literal["ok", "bad_format", "timeout", "error"]
 
@@ -119,7 +122,8 @@ class Score:
 class Rollout:
     """One sampled continuation of a prompt.  ``segments`` start after the prompt.  ``reward`` is the combined scalar, ``None`` when a
     required score failed; ``advantage`` is one number for the sample.  ``turns``: who said what, when there was more than one turn; ``text`` is then the
-    last answer.  ``paid``: what every token earned, in the order of the segments, where a reward says so; it adds up to ``reward``.  ``placed``: whether
+    last answer.  ``routing``: ``[tokens, layers, K]`` int16, the experts that the engine chose while it read each token, prompt included (the last token was never
+    read).  ``paid``: what every token earned, in the order of the segments, where a reward says so; it adds up to ``reward``.  ``placed``: whether
     these, in the place of ``advantage``, are what a row's advantage column holds."""
 
     sample_id: str
@@ -132,6 +136,7 @@ class Rollout:
     reward: float | None = None
     advantage: float | None = None
     turns: tuple[tuple[str, str], ...] = ()
+    routing: Tensor | None = field(default=None, compare=False)
     paid: tuple[float, ...] | None = None
     placed: bool = False
 
@@ -189,6 +194,7 @@ class Row:
     whole sequence, prompt included; a scalar stands for "the same everywhere".  An entry of ``logps`` is NaN where that policy has nothing to
     say.  ``trainable=None`` means: every token whose source is policy, demo or prefix.  ``inputs`` are read by the model in the place of ``ids``, which
     stay the labels (a corrupted context, a learner's own action under an expert's label).  ``stored``: what a teacher gave each token's place, or None.
+    ``routing``: ``[tokens, layers, K]`` int16, the experts that are to read each token, -1 where the model chooses.
 
     >>> Row(ids=[5, 6, 7, 8], sources=["prompt", "prompt", "policy", "policy"], logps={"behaviour": [nan, nan, -0.1, -0.7]},
     ...     advantage=1.0, group="question 1")
@@ -211,6 +217,7 @@ class Row:
     context: str = ""
     inputs: Sequence[int] | None = None
     stored: Sequence[Stored | None] | None = None
+    routing: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -272,6 +279,7 @@ class TokenBatch:
     ``pair``         int64 S    pair code, -1 without one;  ``side`` is +1 chosen, -1 rejected, 0 neither
     ``rewards``      name -> S  reward vector
     ``stored``       2 x [N,K]  ids and log-probs of a stored distribution of the target, id -1 where there is no entry; None without any
+    ``routing``      [N,L,K]    int16: experts that read ``input_ids`` in each layer, -1 where the model chooses; None: it chooses everywhere
     ===============  =========  ==========================================================================================
 
     ``progress`` in [0, 1] drives schedules.  ``fresh`` says that the learner has not moved since ``old`` would have been taken, so an absent
@@ -302,6 +310,7 @@ class TokenBatch:
     totals: Totals | None = None
     memory: Mapping[str, float] = field(default_factory=dict)
     stored: tuple[Tensor, Tensor] | None = None
+    routing: Tensor | None = None
 
     # -- shape ---------------------------------------------------------------------------------------------------------
     @property
@@ -388,6 +397,7 @@ class TokenBatch:
             progress=progress,
             fresh=fresh,
             stored=_stored_columns(given, dtype) if any(row.stored is not None for row in given) else None,
+            routing=_routing_columns(given) if any(row.routing is not None for row in given) else None,
         )
 
     # -- slicing -------------------------------------------------------------------------------------------------------
@@ -402,6 +412,7 @@ class TokenBatch:
             seq=seq,
             logps={k: v[columns] for k, v in self.logps.items()},
             stored=None if self.stored is None else (self.stored[0][columns], self.stored[1][columns]),
+            routing=None if self.routing is None else self.routing[columns],
             group=self.group[index],
             pair=self.pair[index],
             side=self.side[index],
@@ -442,6 +453,7 @@ class TokenBatch:
             logps={k: v.to(device) for k, v in self.logps.items()},
             rewards={k: v.to(device) for k, v in self.rewards.items()},
             stored=None if self.stored is None else (self.stored[0].to(device), self.stored[1].to(device)),
+            routing=None if self.routing is None else self.routing.to(device),
         )
 
 
@@ -456,6 +468,19 @@ def _stored_columns(rows: Sequence[Row], dtype: torch.dtype) -> tuple[Tensor, Te
         if entry is not None:
             ids[i, : len(entry[0])], logps[i, : len(entry[1])] = torch.tensor(entry[0]), torch.tensor(entry[1], dtype=dtype)
     return ids, logps
+
+
+def _routing_columns(rows: Sequence[Row]) -> Tensor:
+    """``[N, L, K]``; -1 for rows that bring none."""
+    sizes = {tuple(row.routing.shape[1:]) for row in rows if row.routing is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"the routings of a batch must come from one model; their layers and experts per token are {sorted(sizes)}")
+    parts = []
+    for index, row in enumerate(rows):
+        if row.routing is not None and len(row.routing) != len(row.ids):
+            raise ValueError(f"sequence {index}: routing has {len(row.routing)} entries but ids has {len(row.ids)}")
+        parts.append(torch.full((len(row.ids) - 1, *min(sizes)), NO_EXPERT, dtype=torch.int16) if row.routing is None else row.routing[:-1].to(torch.int16))
+    return torch.cat(parts)
 
 
 _TOKEN_FIELDS = ("input_ids", "target_ids", "positions", "seq", "source", "turn", "trainable", "advantage", "weight", "version")

@@ -9,6 +9,7 @@ Whether one pass is enough or two are needed is decided here, from what the obje
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,12 +25,12 @@ from posttrain.data.scored import read_at
 from posttrain.loss.unified import Objective
 from posttrain.metrics import Accumulator
 from posttrain.mixture.control import LookAhead, recall, steer
-from posttrain.records import Demo, TokenBatch
+from posttrain.records import NO_EXPERT, Demo, TokenBatch
 
 
-def scatter(step: Step, values: Sequence[Tensor]) -> Tensor:
-    """Per-micro-batch columns, in the order of ``step.parts()``, back on the whole batch, ``[N]``.  Empty micro-batches are skipped."""
-    out = torch.full((step.whole.num_tokens,), torch.nan, dtype=values[0].dtype)
+def scatter(step: Step, values: Sequence[Tensor], absent: float = math.nan) -> Tensor:
+    """Per-micro-batch columns, in the order of ``step.parts()``, back on the whole batch, ``[N, ...]``.  Empty micro-batches are skipped."""
+    out = torch.full((step.whole.num_tokens, *values[0].shape[1:]), absent, dtype=values[0].dtype)
     for part, value in zip(step.parts(), values, strict=True):
         if part:
             out[step.whole.columns_of(part)] = value.to(out.dtype)
@@ -79,7 +80,7 @@ class Learn:
 
     ``separate_demos``: demonstrations get one optimizer step of their own, after those of everything else.  ``memory`` holds what the loss's
     terms carry from step to step; ``base_every`` and ``base_mix`` move the frozen start every so many batches (0: never).  ``critic``: fills the values the
-    objective reads, then learns from the returns.
+    objective reads, then learns from the returns.  ``routing=old``: record the learner's experts with ``old``, and replay them.
     """
 
     objective: Objective
@@ -92,6 +93,7 @@ class Learn:
     base_every: int = 0
     base_mix: float = 1.0
     critic: Critic | None = None
+    routing: str = "own"
     memory: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -213,7 +215,11 @@ class Learn:
         if self.critic is not None:
             whole = whole.with_logps(value=await self.critic.values(replace(one, whole=whole)))
         if several and "old" in wanted:
-            whole = whole.with_logps(old=await self._score(one, whole, "current"))
+            if self.routing == "old":
+                results = await self.learner.score(one.micro_batches(whole), "current", routing=True)
+                whole = whole.with_logps(old=scatter(one, [r["logp"] for r in results])).replace(routing=scatter(one, [r["routing"] for r in results], NO_EXPERT))
+            else:
+                whole = whole.with_logps(old=await self._score(one, whole, "current"))
         return replace(one, whole=whole)
 
     async def _certainty(self, one: Step, whole: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from posttrain.mixture.gate import InTurn
 from posttrain.mixture.pairs import BestWorst
 from posttrain.words import Words, open_map
 
+ROUTED = {"learner__routing": "old", "loss": "gspo"}
 VALUES = ["streams.rollouts.advantage={_target_: posttrain.loss.advantage.GeneralizedAdvantage}"]
 DISTILL = ["regularizers.kl={_target_: posttrain.loss.regularizer.KL, to: teacher, coef: 0.1}"]
 
@@ -47,6 +48,17 @@ def test_a_good_config_passes() -> None:
 
 def test_sampled_pairs_and_a_base_that_moves_pass() -> None:
     check(settings(loss="online_dpo", mixture__gate=InTurn({"pairs": BestWorst()}), learner__base_every=5, learner__base_mix=0.6))
+
+
+def test_experts_are_replayed_where_there_are_some_to_replay() -> None:
+    check(settings(learner__routing="engine"))
+    check(settings(**ROUTED, learner__updates_per_batch=2))
+    with pytest.raises(ConfigError, match=r"it needs learner\.updates_per_batch above 1"):
+        check(settings(**ROUTED))
+    with pytest.raises(ConfigError, match="a loss that compares with the old policy"):
+        check(settings(**{**ROUTED, "loss": "reinforce"}, learner__updates_per_batch=2))
+    with pytest.raises(ConfigError, match="with rollout=replay nothing is sampled"):
+        check(settings(loss="sft", learner__routing="engine", rollout__kind="replay", data__kind="demos", advantage=None))
 
 
 def test_imitation_may_be_sampled_at_another_temperature() -> None:

@@ -178,6 +178,8 @@ def empty_like(batch: TokenBatch) -> TokenBatch:
         sample_ids=("",),
         finish=("given",),
         contexts=("",),
+        stored=None,
+        routing=None,
     )
 
 

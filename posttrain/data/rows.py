@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from posttrain.data.report import Report
-from posttrain.records import Demo, Group, Pair, Rollout, Row, Segment, Source
+from posttrain.records import NO_EXPERT, Demo, Group, Pair, Rollout, Row, Segment, Source
 
 LEARNT = (Source.policy, Source.demo, Source.prefix)
 
@@ -84,7 +87,14 @@ def _rollout_row(rollout: Rollout, key: str) -> Row:
         sample_id=rollout.sample_id,
         group=key,
         finish=rollout.finish,
+        routing=None if rollout.routing is None else _aligned(rollout.routing, len(prompt.ids) + rollout.num_tokens),
     )
+
+
+def _aligned(routing: Tensor, length: int) -> Tensor:
+    """Exactly ``length`` entries: tokens that came after the engine's last word have none."""
+    missing = max(length - len(routing), 0)
+    return torch.cat([routing[:length], routing.new_full((missing, *routing.shape[1:]), NO_EXPERT)])
 
 
 def _demo_row(demo: Demo, pair: str | None = None, side: Literal["chosen", "rejected"] | None = None) -> Row:

@@ -40,6 +40,7 @@ def _behind(row: Row, only_end: bool) -> Row:
         trainable=[False, *marks],
         version=[*row.version, -1] if isinstance(row.version, Sequence) else row.version,
         logps={name: [*column, float("nan")] for name, column in row.logps.items()},
+        routing=None,
         **moved,
     )
 

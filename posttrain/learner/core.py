@@ -35,6 +35,8 @@ def build_module(model_cfg: Any, cfg: Any, objective: Any, device: torch.device,
         return scalar
     module = PolicyModule(model, cfg.head_chunk)
     self_check(module)
+    if getattr(cfg, "routing", "own") != "own" and not module.routers.layers:
+        raise ValueError(f"learner.routing={cfg.routing} replays the experts of a mixture, and no router was found in {type(module.inner).__name__}; set learner.routing=own")
     return module
 
 
@@ -127,8 +129,8 @@ class Core:
         return PolicyModule(load_model(cfg, seed=self._seed, train=False).to(self.device), self.module.chunk).eval()
 
     @torch.no_grad()
-    def score(self, caller: Any, batch: TokenBatch, policy: str, entropy: bool) -> dict[str, Tensor]:
-        """``logp`` and, when asked, ``entropy`` of every column, ``[N]`` on the CPU, at the objective's temperature.
+    def score(self, caller: Any, batch: TokenBatch, policy: str, entropy: bool, routing: bool = False) -> dict[str, Tensor]:
+        """``logp`` and, when asked, ``entropy`` of every column, ``[N]`` on the CPU, at the objective's temperature, and the ``routing`` ``[N, L, K]`` that was used.
 
         An empty batch gives empty columns but still runs a forward, because other ranks may wait for this one.
         """
@@ -150,11 +152,14 @@ class Core:
                 columns=("entropy",) if entropy else (),
                 only_trainable=False,
                 adapter=adapter,
+                routed=policy == "current",
+                keep_routing=routing,
             )
         finally:
             self.module.train(training)
         n = batch.num_tokens
-        return {"logp": logp[:n].cpu(), **{name: value[:n].cpu() for name, value in columns.items()}}
+        kept = {"routing": self.module.routers.chosen()[:n]} if routing else {}
+        return {"logp": logp[:n].cpu(), **{name: value[:n].cpu() for name, value in columns.items()}, **kept}
 
     def loss(self, caller: Any, batch: TokenBatch, weights: Tensor | None) -> tuple[Tensor, Metrics]:
         """The micro-batch's share of the step's loss (a plain sum) and its metrics.
@@ -184,6 +189,8 @@ class Core:
             raise FloatingPointError(f"the loss of this micro-batch is {float(found.loss)}; samples {', '.join(batch.sample_ids[:4])}")
         comparable = needs.head == "lm" and batch.fresh and "behaviour" in padded.logps
         measured = sums(padded.logps["behaviour"], logp.detach()) if comparable else {}
+        if padded.routing is not None and needs.head == "lm":
+            measured["mismatch/routing"] = self.module.routers.agreement
         return found.loss + silent, {**found.metrics, **measured}
 
 

@@ -121,9 +121,9 @@ class DeepSpeedEngine:
                 grad.mul_(limit / (self._stage0_norm + 1e-6))
 
     # -- the four verbs ------------------------------------------------------------------------------------------------
-    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False) -> dict[str, Tensor]:
-        """``{"logp": [N], "entropy": [N] when asked}`` on the CPU, without gradient.  All ranks must call it under ZeRO-3."""
-        return self.core.score(self.ds, batch, policy, entropy)
+    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False, routing: bool = False) -> dict[str, Tensor]:
+        """``{"logp": [N], "entropy": [N] and "routing": [N, L, K] when asked}`` on the CPU, without gradient.  All ranks must call it under ZeRO-3."""
+        return self.core.score(self.ds, batch, policy, entropy, routing)
 
     def forward_backward(self, batch: TokenBatch, weights: Tensor | None = None, last: bool = False) -> Metrics:
         """Add one micro-batch's gradient to the step.  All ranks must call it equally often; an empty batch still runs backward."""
@@ -200,7 +200,7 @@ class DeepSpeedEngine:
 
     def move_base(self, mix: float) -> None:
         """The frozen start takes a step towards the policy: ``base <- mix * policy + (1 - mix) * base``.  All ranks call it."""
-        self.core.move_base(self.state(), mix)
+        self.core.move_base(hf_state(self.module.model, self._gather, published=False), mix)
 
     # -- checkpoint ----------------------------------------------------------------------------------------------------
     def _meta(self) -> dict[str, Any]:

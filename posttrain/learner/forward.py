@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from posttrain.learner import attention
 from posttrain.learner.model import is_lora, plain
+from posttrain.learner.routing import Routers
 from posttrain.records import TokenBatch
 
 ALONE = ("entropy", "logp_greedy", "logsumexp")
@@ -109,6 +110,7 @@ class PolicyModule(nn.Module):
         if head is None or not isinstance(head, nn.Linear):
             raise ValueError(f"{type(inner).__name__} has no linear output layer ({type(head).__name__}), so log-probabilities cannot be computed in chunks")
         head.forward = _head_forward(head, head.forward)  # type: ignore[method-assign]
+        self.routers = Routers(inner)
 
     @property
     def inner(self) -> nn.Module:
@@ -135,10 +137,14 @@ class PolicyModule(nn.Module):
         want_hidden: bool = False,
         adapter: bool = True,
         stored: tuple[Tensor, Tensor] | None = None,
+        routing: Tensor | None = None,
+        keep_routing: bool = False,
     ) -> Any:
         """``select`` ``[n]`` are the column indices to score, None for all.  ``frozen``: what the columns compare with, by name; ``stored``: ids and
-        log-probs ``[N, K]`` that they compare with.
+        log-probs ``[N, K]`` that they compare with.  ``routing``: experts that are to read the columns, ``[N, layers, K]``; ``keep_routing``: remember those that
+        do in ``routers``.
         ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the selected hidden states instead."""
+        self.routers.replay(routing, keep_routing)
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:
             hidden = self.hidden(input_ids, positions, lengths)
@@ -160,12 +166,15 @@ def forward(
     base_model: Any | None = None,
     teacher_model: Any | None = None,
     adapter: bool = True,
+    routed: bool = True,
+    keep_routing: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``(logp[N], {column: [N]})`` of a batch that is not empty, in float32 (float64 for a float64 model).
 
     ``model`` is a :class:`PolicyModule` or an engine around one.  With ``only_trainable`` the head runs only on trainable columns: the others
     hold 0 and carry no gradient.  The ``:base`` columns need the frozen start: ``base_model`` (another ``PolicyModule``), or the model's own
     adapters, which are switched off for one pass without gradient; the ``:teacher`` columns need ``teacher_model``.
+    The batch's ``routing`` is replayed where ``routed``; frozen models choose their own experts.
 
     Raises ``ValueError`` for an unknown column, an empty batch, or a column whose model is missing.
     """
@@ -183,7 +192,7 @@ def forward(
     lengths = batch.lengths
     row = (batch.input_ids, batch.target_ids, batch.positions, lengths, select, temperature)
     frozen = {to: _frozen(to, model, base_model if to == "base" else teacher_model, row) for to in sorted(others)}
-    found = model(*row, wanted, frozen, False, adapter, batch.stored)
+    found = model(*row, wanted, frozen, False, adapter, batch.stored, batch.routing if routed else None, keep_routing)
     names = ("logp", *wanted)
     full = {name: _spread(value, select, batch.num_tokens) for name, value in zip(names, found, strict=True)}
     return full.pop("logp"), full

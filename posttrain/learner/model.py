@@ -55,6 +55,8 @@ def load_model(cfg: Any, *, seed: int = 0, train: bool = True, head: str = "lm")
     except OSError as error:
         raise ValueError(f"model.path={cfg.path!r} cannot be loaded: {_hint(cfg.path)}{error}") from error
     model.config.use_cache = False
+    if dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
     if head == "scalar":
         _prepare_head(model, "score.weight" in missing, seed)
     if not train:

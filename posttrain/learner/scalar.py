@@ -46,9 +46,11 @@ class ScalarModule(nn.Module):
         want_hidden: bool = False,
         adapter: bool = True,
         stored: Any = None,
+        routing: Any = None,
+        keep_routing: bool = False,
     ) -> Any:
-        """``select`` ``[n]`` are the column indices to read, None for all.  There are no targets, temperatures, full-vocabulary columns
-        or stored distributions: a batch may hold one, and nothing reads it."""
+        """``select`` ``[n]`` are the column indices to read, None for all.  There are no targets, temperatures, full-vocabulary columns,
+        stored distributions or replayed experts: a batch may hold them, and nothing reads them."""
         assert not columns and not want_hidden, "a scalar head has no probabilities"
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:

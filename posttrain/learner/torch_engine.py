@@ -57,9 +57,9 @@ class TorchEngine:
         return ((name, self.master[p]) for name, p in self.named)
 
     # -- the four verbs ------------------------------------------------------------------------------------------------
-    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False) -> dict[str, Tensor]:
-        """``{"logp": [N], "entropy": [N] when asked}`` on the CPU, without gradient.  ``base`` is the frozen start."""
-        return self.core.score(self.module, batch, policy, entropy)
+    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False, routing: bool = False) -> dict[str, Tensor]:
+        """``{"logp": [N], "entropy": [N] and "routing": [N, L, K] when asked}`` on the CPU, without gradient.  ``base`` is the frozen start."""
+        return self.core.score(self.module, batch, policy, entropy, routing)
 
     def forward_backward(self, batch: TokenBatch, weights: Tensor | None = None, last: bool = False) -> Metrics:
         """Add one micro-batch's gradient to the step.  ``last`` is for engines that communicate early; this one does not."""
@@ -120,7 +120,7 @@ class TorchEngine:
 
     def move_base(self, mix: float) -> None:
         """The frozen start takes a step towards the policy: ``base <- mix * policy + (1 - mix) * base``.  All ranks call it."""
-        self.core.move_base(self.state(), mix)
+        self.core.move_base(hf_state(self.module.model, published=False), mix)
 
     # -- checkpoint ----------------------------------------------------------------------------------------------------
     def _meta(self) -> dict[str, Any]:

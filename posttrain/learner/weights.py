@@ -17,6 +17,7 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """A context in which sharded parameters are whole."""
 
 ADAPTER = "default"
+EXPERTS = ".experts."
 
 
 def whole(_: list[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -25,11 +26,14 @@ def whole(_: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def hf_state(model: nn.Module, gather: Gather = whole) -> Iterator[tuple[str, Tensor]]:
+def hf_state(model: nn.Module, gather: Gather = whole, *, published: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Every weight as ``(Hugging Face name, CPU copy)``, adapters merged in, one tensor gathered at a time.  Tied weights come once.
 
-    All ranks must walk it together when parameters are sharded.
+    transformers keeps a layer's experts in one tensor; ``published`` cuts it into the tensors that model folders and engines have.  All ranks must
+    walk it together when parameters are sharded.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     inner = plain(model)
     for name, parameter in inner.named_parameters():
         if ".lora_" in name:
@@ -41,7 +45,11 @@ def hf_state(model: nn.Module, gather: Gather = whole) -> Iterator[tuple[str, Te
             if layer is not None:
                 tensor = (tensor.float() + layer.get_delta_weight(ADAPTER).float()).to(tensor.dtype)
             copied = tensor.to("cpu", copy=True)
-        yield name.replace(".base_layer.", "."), copied
+        own = name.replace(".base_layer.", ".")
+        if published and EXPERTS in own:
+            yield from ((part, cut.clone()) for part, cut in revert_weight_conversion(inner, {own: copied}).items())
+        else:
+            yield own, copied
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Sampled:
 
     ``spans``: ``(version, start, end)``, which weights drew which tokens; ``version`` is the oldest.  The token that stopped it (end of
     text, or the last one of a stop string) is included.  ``finish`` is ``env_error`` for a request that could not be sampled, with the
-    reason in ``error``.
+    reason in ``error``.  ``routing``: ``[prompt and answer, layers, K]`` int16, the experts that read each token, where the engine records them.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Sampled:
     version: int
     spans: tuple[tuple[int, int, int], ...] = ()
     error: str = ""
+    routing: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class EngineConfig:
 
     ``model``: a Hugging Face folder or id.  ``dtype`` is never guessed.  ``kv_cache_gb`` sizes the CPU cache, and
     ``gpu_memory_utilization`` the GPU's.  ``threads``: CPU threads, null leaves torch's default.  ``version``: of the weights on disk.
+    ``return_routing``: record the experts of a mixture; every prompt is then read in full for each of its answers.
     """
 
     model: str
@@ -71,6 +73,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     threads: int | None = None
     version: int = 0
+    return_routing: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -87,6 +90,8 @@ class EngineConfig:
 def _quiet_import(config: EngineConfig) -> Iterator[None]:
     """vLLM reads the environment while it is built, and writes to it: set what it must see, put back what it must not leave."""
     required = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if config.return_routing:
+        required |= {"VLLM_USE_V2_MODEL_RUNNER": "0"}  # the recorder follows the first runner's order of tokens
     if config.device == "cpu":
         required |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     for name, value in required.items():
@@ -140,7 +145,7 @@ class VllmEngine:
                 "max_model_len": config.max_model_len,
                 "max_num_seqs": config.max_num_seqs,
                 "enforce_eager": config.enforce_eager or config.device == "cpu",
-                "enable_prefix_caching": config.prefix_caching,
+                "enable_prefix_caching": config.prefix_caching and not config.return_routing,
                 "trust_remote_code": config.trust_remote_code,
                 "logprobs_mode": "processed_logprobs",
                 "max_logprobs": -1,
@@ -159,6 +164,11 @@ class VllmEngine:
             VllmEngine.num_open += 1
             if config.device == "cpu":
                 unpack_heads(self.model)
+            self._recorder = None
+            if config.return_routing:
+                from posttrain.rollout.experts import Recorder
+
+                self._recorder = Recorder(self._runner)
         self._engine.set_weight_version(str(config.version))
         self.max_model_len = int(self._engine.model_config.max_model_len)
         self.vocab_size = int(self._engine.model_config.get_vocab_size())
@@ -319,7 +329,7 @@ class VllmEngine:
 
     def _finish(self, output: Any, finish: Finish | None = None) -> Sampled:
         request = self._live.pop(output.request_id)
-        self._internal.pop(request.id)
+        internal = self._internal.pop(request.id)
         answer = output.outputs[0]
         ids = tuple(answer.token_ids)
         flat = answer.logprobs
@@ -328,7 +338,8 @@ class VllmEngine:
             raise AssertionError("vLLM returned log-probs of other tokens than it sampled")
         spans = tuple((int(s.version), s.start, s.end) for s in answer.weight_versions or ())
         oldest = min((version for version, _, _ in spans), default=self._version if self._version is not None else -1)
-        return Sampled(request.id, ids, logprobs, finish or answer.finish_reason, oldest, spans)
+        routing = None if self._recorder is None else self._recorder.take(internal, len(request.ids) + len(ids))
+        return Sampled(request.id, ids, logprobs, finish or answer.finish_reason, oldest, spans, routing=routing)
 
     # -- weights -------------------------------------------------------------------------------------------------------
     def load_weights(

@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from posttrain.data.render import Renderer
 from posttrain.data.seeds import derive
-from posttrain.records import Group, Prompt, Rollout, Sampling, Segment, Source
+from posttrain.records import NO_EXPERT, Group, Prompt, Rollout, Sampling, Segment, Source
 from posttrain.reward.base import Signature, read
 
 CUT = " [cut]"
@@ -214,13 +216,23 @@ class Playing:
     def _go_on(episode: Episode, glue: tuple[int, ...], answer: Rollout, turn: int) -> None:
         between = Segment(glue, Source.tool, turn=turn, trainable=False)
         own = tuple(replace(s, turn=turn) for s in answer.segments)
-        episode.rollout = replace(episode.rollout, segments=(*episode.rollout.segments, between, *own), finish=answer.finish, text=answer.text)
+        segments, routing = (*episode.rollout.segments, between, *own), _read(episode.rollout.routing, answer.routing)
+        episode.rollout = replace(episode.rollout, segments=segments, finish=answer.finish, text=answer.text, routing=routing)
         episode.turns.append(("assistant", answer.text))
         episode.over = answer.finish != "stop"
 
 
 def _ids(rollout: Rollout) -> tuple[int, ...]:
     return (*rollout.prompt.ids, *(i for segment in rollout.segments for i in segment.ids))
+
+
+def _read(before: Tensor | None, now: Tensor | None) -> Tensor | None:
+    """Who read the tokens of an episode: those that were there when they were sampled, and of the rest the last reading."""
+    if before is None or now is None:
+        return None
+    out, known = now.clone(), before != NO_EXPERT
+    out[: len(before)][known] = before[known]
+    return out
 
 
 def _last_id(rollout: Rollout) -> int | None:

@@ -198,7 +198,7 @@ class EnginePool:
         )
         meta = {"error": sampled.error} if sampled.error else {}
         told = replace(prompt, meta={**prompt.meta, **meta}) if meta else prompt
-        return Rollout(request.id, told, segments, sampled.finish, request.sampling, self.decode(sampled.ids) if sampled.ids else "")
+        return Rollout(request.id, told, segments, sampled.finish, request.sampling, self.decode(sampled.ids) if sampled.ids else "", routing=sampled.routing)
 
     async def _draw(self, jobs: Mapping[int, list[Request]], deadline: float, step: int) -> dict[int, list[Sampled]]:
         """Every group, shared out over the engines that are up: one batch each, the groups of equal cost in order, so that equal calls make

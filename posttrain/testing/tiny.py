@@ -1,4 +1,4 @@
-"""A small real model in a folder: Qwen3 architecture, random weights, a character-level fast tokenizer with a chat template.
+"""A small real model in a folder: Qwen3 architecture, dense or with experts, random weights, a character-level fast tokenizer with a chat template.
 
 It is what the quickstart trains, what the tests run on, and what a plug-in author can try a term with.  Nothing is downloaded.
 """
@@ -62,14 +62,17 @@ def create_tiny_model(
     tie_word_embeddings: bool = True,
     dtype: str = "float32",
     alphabet: str = ALPHABET,
+    num_experts: int = 0,
+    experts_per_token: int = 2,
 ) -> Path:
     """Write config, safetensors weights and tokenizer to ``path`` and return it.  About 0.9M parameters with the defaults.
 
     The weights depend on ``seed`` alone.  Head size is ``hidden_size / num_heads`` and must be a multiple of 32, the least that every
-    attention kernel of the CPU engine accepts.
+    attention kernel of the CPU engine accepts.  With ``num_experts`` every layer is a mixture of so many experts of width ``intermediate_size``, of
+    which ``experts_per_token`` work on each token.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     head_dim = hidden_size // num_heads
     if head_dim % 32:
@@ -77,7 +80,8 @@ def create_tiny_model(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = create_tokenizer(alphabet)
-    config = Qwen3Config(
+    experts = {"num_experts": num_experts, "num_experts_per_tok": experts_per_token, "moe_intermediate_size": intermediate_size, "norm_topk_prob": True}
+    config = (Qwen3MoeConfig if num_experts else Qwen3Config)(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         num_hidden_layers=num_layers,
@@ -91,10 +95,11 @@ def create_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype=dtype,
+        **(experts if num_experts else {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+        model = (Qwen3MoeForCausalLM if num_experts else Qwen3ForCausalLM)(config).to(getattr(torch, dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(path)

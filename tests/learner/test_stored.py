@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.config import LearnerConfig, ModelConfig
 from posttrain.data.files import DataError
 from posttrain.data.load import load_data
+from posttrain.data.pack import empty_like
 from posttrain.data.rows import to_rows
 from posttrain.data.stored import main, store
 from posttrain.learner.torch_engine import TorchEngine
@@ -81,6 +82,18 @@ def test_a_few_tokens_and_a_bucket_never_claim_more(folder: Path) -> None:
         torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-13)
         found.append(metrics["demos/distill"][0])
     assert 0 < found[0] < found[1] < found[2]
+
+
+def test_a_rank_without_work_takes_part(folder: Path) -> None:
+    tokenizer, teacher, demos = parts(folder)
+    stored, _ = load_data("stored", list(store(demos, teacher, tokenizer, 4)), tokenizer)
+    batch = TokenBatch.from_sequences(to_rows(stored), dtype=torch.float64)
+    goal = load("offline_kd", STORED)
+    cfg = ModelConfig(path=str(folder / "student"), teacher=str(folder / "teacher"), dtype="float64")
+    one = TorchEngine(cfg, LearnerConfig(engine="torch", head_chunk=3), goal, total_steps=1)
+    idle = empty_like(batch)
+    assert idle.stored is None and one.forward_backward(idle.replace(totals=goal.totals(batch))) == {}
+    assert all(bool((one.grads[p] == 0).all()) for _, p in one.named)
 
 
 def test_the_command_writes_what_is_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

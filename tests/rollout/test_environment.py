@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from posttrain.data.render import Renderer
 from posttrain.data.rows import to_rows
 from posttrain.data.template import TemplateError
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.turns import WithoutCritique
-from posttrain.records import Demo, Group, Prompt, Rollout, Sampling, Score, Segment, Source, TokenBatch
+from posttrain.records import NO_EXPERT, Demo, Group, Prompt, Rollout, Sampling, Score, Segment, Source, TokenBatch
 from posttrain.reward.base import Signature
 from posttrain.rollout.environment import CUT, Feedback, OfTurn, Playing, Reply, Retry, check_environment, longest
 from posttrain.testing.tiny import create_tokenizer
@@ -279,3 +280,27 @@ def test_the_loss_of_both(tmp_path: Path) -> None:
     up, down = (float(weights[(batch.seq == i) & batch.trainable].sum()) for i in (0, 1))
     assert up > 0 > down and up == pytest.approx(-down), "the baseline is the mean of the first answers, 1/2"
     assert float(weights[batch.source == int(Source.tool)].sum()) == pytest.approx(0.1), "lambda, shared by all tokens of critiques"
+
+
+class Routed(Scripted):
+    """Also says which experts read the tokens: the number of the call, in its one layer; the last token was never read."""
+
+    def _one(self, prompt: Prompt, name: str, said: str | None, sampling: Sampling) -> Rollout:
+        found = super()._one(prompt, name, said, sampling)
+        experts = torch.full((len(prompt.ids) + found.num_tokens, 1, 1), len(self.calls), dtype=torch.int16)
+        experts[-1] = NO_EXPERT
+        return replace(found, routing=experts)
+
+
+def test_experts_of_an_episode_are_those_that_sampled_it() -> None:
+    pool = Routed(["5", "4"])
+    (group,) = asyncio.run(Playing(pool, Retry("try again"), RENDERER, 500).sample([question()], 1, Sampling(max_tokens=8), 0))
+    (rollout,) = group.rollouts
+    first, between, second = (len(s.ids) for s in rollout.segments)
+    seen = rollout.routing[:, 0, 0].tolist()  # type: ignore[index]
+    asked = len(rollout.prompt.ids)
+    # the last token of the first answer was read when the second was sampled
+    assert seen == [1] * (asked + first - 1) + [2] * (1 + between + second - 1) + [NO_EXPERT]
+    scored = replace(rollout, scores={"first": Score(0.0), "second": Score(1.0)}, reward=1.0)
+    (learnt, *_) = WithoutCritique("first", "second")([replace(group, rollouts=(scored,))], Demos(), 0, 0.0)
+    assert learnt.rollouts[0].advantage is not None and learnt.rollouts[0].routing is None, "without the critique nobody has read it"
