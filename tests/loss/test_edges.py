@@ -1,0 +1,62 @@
+"""Edges of terms that no published loss reaches by itself: one list, one group, one side of a pair, a published loss beside its slope."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, reference
+from posttrain.records import Row, TokenBatch
+
+SELF = reference.Current()
+
+
+def row(*logps: float, base: float = -1.0, **more: Any) -> Row:
+    n = len(logps)
+    return Row(ids=[1] * (n + 1), sources=["prompt", *["demo"] * n], logps={"current": [0.0, *logps], "base": [0.0, *[base] * n]}, **more)
+
+
+def batch(*rows: Row) -> TokenBatch:
+    return TokenBatch.from_sequences(rows, dtype=torch.float64)
+
+
+def objective(**stream: Any) -> Objective:
+    given = {"source": ["demo"], "likelihood": likelihood.Token(), "reference": SELF, "advantage": advantage.One(), "aggregation": aggregate.PairSum(), **stream}
+    return Objective({"s": Stream(**given)}, name="edge")
+
+
+def test_the_sigmoid_loss_of_a_pair_is_reported_as_it_is_learnt() -> None:
+    """1 - sigmoid(beta h), whose slope the weights have: a step along them lowers what is reported."""
+    goal = objective(paired=True, advantage=advantage.Pairwise(f="sigmoid", score="log_ratio_sum", to="base", beta=0.5))
+    up, down = -0.4, -1.7
+    pair = [row(up, pair="p", side="chosen"), row(down, pair="p", side="rejected")]
+    found = goal(batch(*pair))
+    total, count = found.metrics["s/preference_loss"]
+    assert (total, count) == (pytest.approx(1 / (1 + math.exp(0.5 * (up - down)))), 1.0)
+    step = 1e-6
+    nudged = goal(batch(row(up + step, pair="p", side="chosen"), pair[1])).metrics["s/preference_loss"][0]
+    assert float(goal.weights(batch(*pair))[0]) == pytest.approx(-(nudged - total) / step, rel=1e-4)
+
+
+@pytest.mark.parametrize("f", ["softmax", "noise_contrastive", "reverse_kl"])
+def test_lists_are_counted_however_many_answers_they_hold(f: str) -> None:
+    goal = objective(advantage=advantage.Listwise(f=f, score="log_ratio_sum", to="base", beta=0.5, of="score"), aggregation=aggregate.GroupSum())
+    lists = [row(-0.5, group="a", rewards={"score": 1.0}), row(-0.7, group="b", rewards={"score": 1.0}), row(-0.9, group="b", rewards={"score": 0.0})]
+    found = goal(batch(*lists)).metrics
+    assert found["s/preference_loss"][1] == pytest.approx(2.0) and found["s/accuracy"] == (pytest.approx(2.0), pytest.approx(2.0))
+
+
+def test_one_group_is_one() -> None:
+    goal = objective(aggregation=aggregate.GroupSumTokenMean())
+    one = [row(-1.0, -1.0, group="a"), row(-1.0, group="a")]
+    assert goal.weights(batch(*one)).tolist() == [0.5, 0.5, 1.0]
+    assert goal.weights(batch(*one, row(-1.0, group="b"))).tolist() == [0.25, 0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("side", "learnt"), [("chosen", [1.0, 0.0, 0.0]), ("rejected", [0.0, 1.0, 0.0])])
+def test_a_stream_of_one_side(side: str, learnt: list[float]) -> None:
+    goal = objective(side=side, aggregation=aggregate.TokenMean())
+    assert goal.weights(batch(row(-1.0, pair="p", side="chosen"), row(-1.0, pair="p", side="rejected"), row(-1.0))).tolist() == learnt
