@@ -471,6 +471,10 @@ class Divergence(_Ratio):
         self._check(low=0.0, high=0.0)
         if self.kind not in ("tv", "kl"):
             raise ValueError(f"mask.Divergence: kind={self.kind!r} does not exist; choose tv or kl")
+        for key in ("low", "high"):
+            bound = getattr(self, key)
+            if self.kind == "tv" and not callable(bound) and bound > 1:
+                raise ValueError(f"mask.Divergence: {key}={bound} can never act: a probability moves by at most 1 (which switches this side off)")
 
     @property
     def formula(self) -> str:
