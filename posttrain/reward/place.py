@@ -6,7 +6,9 @@ a critic's advantages (``rewards: each``) read them.
 
 from __future__ import annotations
 
+import functools
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -86,10 +88,10 @@ def paid(rollout: Rollout, scores: Mapping[str, Score], combiner: Any, progress:
     if not sampled:
         return None
     first = 0 if decode(ids) == rollout.text else len(ids) - len(rollout.segments[-1].ids)
-    ends = [len(decode(ids[first : i + 1])) for i in range(first, len(ids))]
+    read_to = functools.cache(lambda i: len(decode(ids[first : i + 1])))
     out = [0.0] * len(ids)
     for name, weight in weights.items():
         for end, value in scores[name].places or ((len(rollout.text), values[name]),) if name in values else ():
-            where = next((first + i for i, reached in enumerate(ends) if reached >= end), sampled[-1])
-            out[min((i for i in sampled if i >= where), default=sampled[-1])] += weight * value
+            where = first + bisect_left(range(first, len(ids)), end, key=read_to)  # a text grows with its tokens
+            out[sampled[min(bisect_left(sampled, where), len(sampled) - 1)]] += weight * value
     return tuple(out)
