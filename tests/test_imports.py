@@ -57,7 +57,7 @@ def test_the_rules_see_something() -> None:
     ("package", "homes"),
     [
         ("deepspeed", ("posttrain.learner",)),
-        ("vllm", ("posttrain.rollout.engine", "posttrain.sync")),
+        ("vllm", ("posttrain.rollout.engine", "posttrain.rollout.experts", "posttrain.sync")),
         ("hydra", ("posttrain.cli",)),
         ("omegaconf", ("posttrain.cli",)),
     ],

@@ -32,7 +32,7 @@ from posttrain.records import Segment, Source
 PLACE = "this-is-the-answer"
 """Stands for an answer that was sampled, and is never tokenised."""
 ACTED = ("by", "expert")
-"""Keys of assistant messages in transcripts: who acted, and what the expert would have said in the place of the learner."""
+"""Keys of messages in transcripts: who acted (``expert``, ``own``) or answered (``environment``), and what the expert would have said in the place of the learner."""
 LossOn = Literal["assistant", "last_turn", "completion", "expert", "environment"]
 Text = str | Sequence[Message]
 NO_TEMPLATE = (
@@ -147,11 +147,12 @@ class Renderer:
     ) -> Encoded:
         """A whole conversation.  ``num_prompt`` messages are given (default, for ``completion``: up to the last user message).
 
-        ``expert``: every assistant message says who acted, ``by: expert`` or ``by: own``, and the expert's alone are learnt from.  ``environment``: what
-        tools answered after the first assistant message is, and nothing that was done.
+        ``expert``: every assistant message says who acted, ``by: expert`` or ``by: own``, and the expert's alone are learnt from.  ``environment``: the
+        messages ``by: environment`` are, or where none says so, what tools answered after the first assistant message; and nothing that was done.
         """
         messages = normalise(messages)
         by = [m.get("by") for m in messages if m["role"] == "assistant"]
+        observed = [i for i, m in enumerate(messages) if m.get("by") == "environment"]
         messages = [{k: v for k, v in m.items() if k not in ACTED} for m in messages]
         answered = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if loss_on == "completion":
@@ -173,10 +174,13 @@ class Renderer:
                     "by: own, for what the learner did itself is no evidence of what the expert would do"
                 )
             learnt = [who == "expert" for who in by]
-        rendered = self._render(messages, tools, first_answer=first)
+        rendered = self._render(messages, tools, first_answer=first, observed=observed)
         if loss_on == "environment":
-            encoded = self._encode(rendered, [])
-            return replace(encoded, trainable=tuple(s == Source.tool and t > 0 for s, t in zip(encoded.sources, encoded.turn, strict=True)))
+            acted = [i for i in observed if messages[i]["role"] == "assistant"]
+            if acted:
+                raise ValueError(f"loss_on=environment: message {acted[0]} of the assistant says by: environment; it is for what was answered to the assistant")
+            told = observed or [i for i in rendered.tools if answered and i > answered[0]]
+            return self._encode(rendered, [rendered.tools[i] for i in told])
         encoded = self._encode(rendered, [span for span, on in zip(rendered.answers, learnt, strict=True) if on])
         ends_with_answer = bool(answered) and answered[-1] == len(messages) - 1 and learnt[-1]
         return self._finish(encoded, complete) if ends_with_answer and encoded.num_trainable else encoded
@@ -213,7 +217,9 @@ class Renderer:
     def _messages(self, prompt: Text) -> list[dict[str, Any]]:
         return normalise([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
-    def _render(self, messages: Sequence[Message], tools: Any, *, first_answer: int, add_generation_prompt: bool = False) -> Rendered:
+    def _render(
+        self, messages: Sequence[Message], tools: Any, *, first_answer: int, add_generation_prompt: bool = False, observed: Sequence[int] = ()
+    ) -> Rendered:
         if not has_template(self.tokenizer):
             raise TemplateError(NO_TEMPLATE)
         return render_chat(
@@ -224,6 +230,7 @@ class Renderer:
             first_answer=first_answer,
             variables=self.variables,
             control=self.control,
+            observed=observed,
         )
 
     def _encode(self, rendered: Rendered, learnt: Sequence[Span]) -> Encoded:
@@ -235,9 +242,9 @@ class Renderer:
             ids, offsets = self._tokens(rendered, sorted(edges) if not self.tokenizer.is_fast else crossed)
         n = len(ids)
         sources, trainable, turn = [Source.prompt] * n, [False] * n, [0] * n
-        for span in rendered.tools:
+        for span in rendered.tools.values():
             for i in _tokens_of(span, offsets):
-                sources[i] = Source.tool
+                sources[i], trainable[i] = Source.tool, span in learnt
         start = 0
         for number, span in enumerate(rendered.answers):
             tokens = self._answer_tokens(span, ids, offsets, rendered.text)

@@ -36,12 +36,12 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """``answers[k]`` is the span of assistant message ``k``; ``tools`` are spans of tool outputs; ``literals`` maps each private character
+    """``answers[k]`` is the span of assistant message ``k``; ``tools`` are spans of observations by message, what tools answered among them; ``literals`` maps each private character
     of ``text`` to the control token that stood there."""
 
     text: str
     answers: tuple[Span, ...] = ()
-    tools: tuple[Span, ...] = ()
+    tools: Mapping[int, Span] = field(default_factory=dict)
     literals: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -131,9 +131,10 @@ def render_chat(
     first_answer: int = 0,
     variables: Mapping[str, Any] | None = None,
     control: Sequence[str] = (),
+    observed: Sequence[int] = (),
 ) -> Rendered:
     """Render a conversation.  Spans of assistant messages before number ``first_answer`` are not needed and may be left empty.  ``control``
-    are the tokens that data must not contain as such (:func:`special_tokens`).
+    are the tokens that data must not contain as such (:func:`special_tokens`).  ``observed``: messages that are observations beside those of tools.
 
     Raises :class:`TemplateError` when the template fails, or when what the assistant writes cannot be told from the rest.
     """
@@ -150,12 +151,12 @@ def render_chat(
     else:
         answers = [(0, 0)] * min(first_answer, len(answered))
         answers += [_span_by_difference(text, k, i, text_of) for k, i in enumerate(answered) if k >= first_answer]
-    tool_spans = []
+    tool_spans = {}
     for i, message in enumerate(messages):
-        if message["role"] == "tool":
+        if message["role"] == "tool" or i in observed:
             start, end = (shared_length(text, text_of(upto)) for upto in (i, i + 1))
-            tool_spans.append((start, max(start, end)))
-    return Rendered(text, tuple(answers), tuple(tool_spans), literals)
+            tool_spans[i] = (start, max(start, end))
+    return Rendered(text, tuple(answers), tool_spans, literals)
 
 
 def _marked_spans(

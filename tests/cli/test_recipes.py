@@ -17,6 +17,7 @@ from tests.cli.conftest import TINY
 MORE = {
     "sft": ["data.train.path=x.jsonl"],
     "dpo": ["data.train.path=x.jsonl"],
+    "early_experience": ["data.train.path=x.jsonl"],
     "kto": ["data.train.path=x.jsonl"],
     "ppo": ["data.train.path=x.jsonl", "reward.fn.mine._target_=builtins.len"],
     "reward_model": ["data.train.path=x.jsonl"],
