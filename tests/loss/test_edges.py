@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, reference
+from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, mask, reference
 from posttrain.records import Row, TokenBatch
 
 SELF = reference.Current()
@@ -46,6 +46,10 @@ def test_lists_are_counted_however_many_answers_they_hold(f: str) -> None:
     goal = objective(advantage=advantage.Listwise(f=f, score="log_ratio_sum", to="base", beta=0.5, of="score"), aggregation=aggregate.GroupSum())
     lists = [row(-0.5, group="a", rewards={"score": 1.0}), row(-0.7, group="b", rewards={"score": 1.0}), row(-0.9, group="b", rewards={"score": 0.0})]
     found = goal(batch(*lists)).metrics
+    if f == "noise_contrastive":  # an answer alone is drawn against one of noise, one of two against half of it each
+        r, (p, q) = [0.5 * (x + 1.0) for x in (-0.5, -0.7, -0.9)], (1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1)))
+        up, down = [math.log1p(math.exp(-x)) for x in r], [math.log1p(math.exp(x)) for x in r]
+        assert found["s/preference_loss"][0] == pytest.approx(up[0] + down[0] + p * up[1] + q * up[2] + (down[1] + down[2]) / 2)
     assert found["s/preference_loss"][1] == pytest.approx(2.0) and found["s/accuracy"] == (pytest.approx(2.0), pytest.approx(2.0))
 
 
@@ -60,3 +64,16 @@ def test_one_group_is_one() -> None:
 def test_a_stream_of_one_side(side: str, learnt: list[float]) -> None:
     goal = objective(side=side, aggregation=aggregate.TokenMean())
     assert goal.weights(batch(row(-1.0, pair="p", side="chosen"), row(-1.0, pair="p", side="rejected"), row(-1.0))).tolist() == learnt
+
+
+def test_one_reason_may_be_written_as_a_word() -> None:
+    assert mask.DropTruncated("length") == mask.DropTruncated(["length"]) == mask.DropTruncated(("length",))
+    assert hash(mask.DropTruncated(["length", "aborted"])) == hash(mask.DropTruncated(("length", "aborted")))
+
+
+def test_an_advantage_of_zero_is_clipped_on_neither_side() -> None:
+    """Its weight is 0 whatever the factor; it must not count as a clipped token."""
+    goal = objective(advantage=advantage.Column(), reference=reference.Named("old"), masks={"inner": mask.InnerClip(low=0.1, high=0.1)}, likelihood=likelihood.Token(ratio="sequence_geometric"))
+    row = Row(ids=[1] * 3, sources=["prompt", "demo", "demo"], logps={"current": [0.0, -3.0, -1.0], "old": [0.0, -1.0, -3.0]}, advantage=0.0, pair="p", side="chosen")
+    other = Row(ids=[1] * 2, sources=["prompt", "demo"], logps={"current": [0.0, -3.0], "old": [0.0, -1.0]}, advantage=-1.0, pair="p", side="rejected")
+    assert goal(batch(row, other)).metrics["s/inner/masked"] == (1.0, 3.0)

@@ -9,32 +9,36 @@ from typing import Any
 
 import pytest
 
+from posttrain.advantage.plain import Placed
 from posttrain.advantage.shape import ScaleBy
 from posttrain.loss import Stream, advantage, aggregate, likelihood, reference
-from posttrain.mixture.control import LookAhead
+from posttrain.mixture.control import LookAhead, Proportional, steer
 from posttrain.mixture.demos import Demos
+from posttrain.mixture.gate import answer_of
+from posttrain.mixture.rejection import Rejection
 from posttrain.mixture.turns import WithoutCritique
-from posttrain.records import Score
+from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Score, Segment, Source
+from tests.mixture.conftest import group
 from tests.rollout.test_environment import scored
 
 
 def test_a_second_answer_whose_verifier_failed_is_left_out() -> None:
-    group = scored((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
-    failed = replace(group.rollouts[1], scores={"turn_1": Score(1.0), "turn_2": Score(None, "error")})
-    (learnt,) = WithoutCritique(critiques=False)([replace(group, rollouts=(group.rollouts[0], failed, group.rollouts[2]))], Demos(), 0, 0.0)
+    whole = scored((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
+    failed = replace(whole.rollouts[1], scores={"turn_1": Score(1.0), "turn_2": Score(None, "error")})
+    (learnt,) = WithoutCritique(critiques=False)([replace(whole, rollouts=(whole.rollouts[0], failed, whole.rollouts[2]))], Demos(), 0, 0.0)
     assert [r.advantage for r in learnt.rollouts] == [pytest.approx(2 / 3), None, pytest.approx(2 / 3)], "its first answer still counts in the mean"
     assert len(learnt.rollouts[1].segments) == 3, "and it stays as it was"
-    unknown = replace(group, rollouts=tuple(replace(r, scores={"turn_1": Score(None, "timeout"), "turn_2": Score(1.0)}) for r in group.rollouts))
+    unknown = replace(whole, rollouts=tuple(replace(r, scores={"turn_1": Score(None, "timeout"), "turn_2": Score(1.0)}) for r in whole.rollouts))
     (learnt,) = WithoutCritique(critiques=False)([unknown], Demos(), 0, 0.0)
     assert [r.advantage for r in learnt.rollouts] == [None] * 3 and learnt.dropped == "no_second_answer", "no first answer has a score: no baseline"
 
 
 def test_a_reward_that_is_no_number_is_an_error_before_it_is_scaled() -> None:
-    group = scored((0.0, 1.0), (0.0, 0.0))
-    group = replace(group, prompt=replace(group.prompt, meta={"difficulty": 2.0}))
-    assert [r.advantage for r in ScaleBy()([replace(group, rollouts=tuple(replace(r, advantage=None) for r in group.rollouts))])[0].rollouts] == [2.0, 0.0]
+    whole = scored((0.0, 1.0), (0.0, 0.0))
+    whole = replace(whole, prompt=replace(whole.prompt, meta={"difficulty": 2.0}))
+    assert [r.advantage for r in ScaleBy()([replace(whole, rollouts=tuple(replace(r, advantage=None) for r in whole.rollouts))])[0].rollouts] == [2.0, 0.0]
     with pytest.raises(ValueError, match="nan"):
-        ScaleBy()([replace(group, rollouts=(replace(group.rollouts[0], reward=math.nan), group.rollouts[1]))])
+        ScaleBy()([replace(whole, rollouts=(replace(whole.rollouts[0], reward=math.nan), whole.rollouts[1]))])
 
 
 @pytest.mark.parametrize("more", [{"keep_whole": "group"}, {"head": "scalar"}, {"contexts": frozenset({"mismatched"})}, {"references": frozenset({"entropy"})}])
@@ -45,3 +49,27 @@ def test_each_thing_that_reads_more_than_a_micro_batch_is_refused(more: dict[str
     control.fits(SimpleNamespace(streams={"rollouts": stream}, needs=SimpleNamespace(**plain)))
     with pytest.raises(ValueError, match="more than that"):
         control.fits(SimpleNamespace(streams={"rollouts": stream}, needs=SimpleNamespace(**plain | more)))
+
+
+def test_where_nothing_was_sampled_no_token_is_paid() -> None:
+    given = Rollout("g", Prompt("q", (1,)), (Segment((5, 6, 7), Source.demo),), finish="given", reward=1.0)
+    (found,) = Placed()([Group(given.prompt, (given,))])[0].rollouts
+    assert found.paid == (0.0, 0.0, 0.0) and found.advantage == 1.0 and found.placed
+
+
+def test_controllers_follow_the_mean() -> None:
+    control = Proportional(name="c", metric="m/kl", target=1.5, horizon=100, init=1.0)
+    one, other = (steer({"c": control}, {}, {"m/kl": pair}, 10) for pair in ((1.6, 1.0), (6.4, 4.0)))
+    assert one == other and one != steer({"c": control}, {}, {"m/kl": (6.4, 1.0)}, 10)
+
+
+def test_a_text_without_a_prompt_is_all_answer() -> None:
+    text = Demo("d", (Segment((5, 6), Source.demo), Segment((7,), Source.demo)))
+    assert [s.ids for s in answer_of(text)] == [(5, 6), (7,)]
+    cut = Demo("d", (Segment((5, 6), Source.demo), Segment((7,), Source.demo)), prompt=Prompt("q", (5,)))
+    assert [s.ids for s in answer_of(cut)] == [(6,), (7,)]
+
+
+def test_every_two_accepted_answers_are_a_pair() -> None:
+    out = Rejection(keep=6, beta=1e9)([group("q", 0.1, 0.9, 0.5, 0.4, 0.0, 0.3)], Demos(), 0, 0.0)
+    assert [(p.chosen.id, p.rejected.id) for p in out if isinstance(p, Pair)] == [("q/1", "q/0"), ("q/2", "q/3"), ("q/5", "q/4")]
