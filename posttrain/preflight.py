@@ -62,6 +62,10 @@ def preflight_evaluation(config: RunConfig, gpus: float) -> None:
     resources(config.cluster, gpus)
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+"""Names by which a model's settings say that it is a mixture."""
+
+
 @contextmanager
 def _stage(name: str, several: bool) -> Iterator[None]:
     try:
@@ -220,13 +224,15 @@ def _records(config: RunConfig, tokenizer: Any) -> list[Any]:
 
 
 def context(config: RunConfig, records: list[Any]) -> None:
-    """Whether prompts with their answers, and given texts, fit into the positions the model knows."""
+    """Whether prompts with their answers, and given texts, fit into the positions the model knows, and whether there are experts to replay."""
     from transformers import AutoConfig
 
     from posttrain.records import Demo, Pair
 
     assert config.model.path is not None
     text = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    if config.learner.routing != "own" and not any(getattr(text, name, None) for name in EXPERTS):
+        raise ConfigError(f"learner.routing={config.learner.routing} replays the experts of a mixture, and the settings of {config.model.path} name none; set learner.routing=own")
     limit = getattr(text, "max_position_embeddings", None)
     scaled = (getattr(text, "rope_scaling", None) or {}).get("factor")
     if not isinstance(limit, int) or scaled:

@@ -115,6 +115,11 @@ def test_a_prompt_longer_than_the_context(fails: Fails, model: Path, rows: Rows)
     assert "the model's context is 256 tokens" in message
 
 
+def test_experts_of_a_model_that_has_none(fails: Fails, model: Path, rows: Rows) -> None:
+    words = ["train", "recipe=grpo", f"model.path={model}", f"data.train.path={rows({'prompt': 'a', 'answer': '1'})}", "reward=number", "data.max_prompt_tokens=9", "rollout.max_tokens=8"]
+    assert f"learner.routing=engine replays the experts of a mixture, and the settings of {model} name none; set learner.routing=own" in fails(*words, "learner.routing=engine")
+
+
 def test_the_second_stage_is_looked_at_too(fails: Fails) -> None:
     message = fails("train", "recipe=quickstart", "stages.grpo.data.max_prompt_tokens=3")
     assert message.startswith("stage grpo: data.") and "max_prompt_tokens=3" in message
