@@ -203,6 +203,10 @@ class InTurn:
         return any(getattr(gate, "makes_pairs", False) for gate in self._given.values())
 
     @property
+    def needs_continuations(self) -> bool:
+        return any(getattr(gate, "needs_continuations", False) for gate in self._given.values())
+
+    @property
     def separate_step(self) -> bool:
         return any(getattr(gate, "separate_step", False) for gate in self._given.values())
 

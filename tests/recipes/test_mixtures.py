@@ -67,3 +67,15 @@ def test_a_student_learns_from_a_teacher_that_was_asked_once(tmp_path: Path) -> 
     run = train(tmp_path / "run", *words, "rollout.prompts_per_step=16", "steps=6", "learner.lr=3e-3", "learner.warmup_steps=1", "learner.zero_stage=3")
     distance = [row["demos/distill"] for row in run.rows]
     assert min(distance) > 0 and distance[-1] < 0.9 * distance[0]
+
+
+def test_steps_of_wrong_answers_become_pairs(tmp_path: Path) -> None:
+    """A random model over five characters writes lines; an answer is right when small letters are most of it."""
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": "ab" * n}) + "\n" for n in range(1, 9)))
+    words = ["recipe=grpo", *SMALL, "model.tiny.alphabet='abAB\n'", f"data.train.path={tmp_path / 'asked.jsonl'}", "rollout=continued", "mixture=first_bad_step"]
+    words += ["loss=per_step_negatives", "advantage=none", *LETTERS, "mixture.gate.success.threshold=0.55", "mixture.gate.gap=0.01", "steps=2"]
+    words += ["learner.lr=1e-3", "check.weights_moved=false", "rollout.prompts_per_step=6", "rollout.n=4", "rollout.max_tokens=16", "rollout.strategy.continuations=3"]
+    run = train(tmp_path / "run", *words)
+    for row in run.rows:
+        assert row["mixture/pairs"] > 0 and row["rollout/generated"] > 24
+        assert 0 < row["pairs/tokens"] < 2 * 16 * row["mixture/pairs"], "steps, not answers"
