@@ -484,7 +484,11 @@ async def open_stage(
         if config.rollout.kind == "replay" and sizes < config.rollout.prompts_per_step:
             console.message(f"data.train holds {sizes} records, fewer than rollout.prompts_per_step={config.rollout.prompts_per_step}: each is seen more than once per step")
         drawn = Sampler(demos, config.seed, name="demos") if demos else None
-        gate = GateStage(config.mixture.gate or PassThrough(), Demos(demos, drawn), config.steps)
+        given = config.mixture.gate or PassThrough()
+        if hasattr(given, "with_encode"):
+            renderer = Renderer(tokenizer)
+            given = given.with_encode(lambda text: renderer.plain("", text, complete=False).ids[len(renderer.bos) :])
+        gate = GateStage(given, Demos(demos, drawn), config.steps)
         for key, asks in (("mixture.gate", gate.gate.uses_demos), ("rollout.strategy", getattr(config.rollout.strategy, "needs_demos", False))):
             if asks and not demos:
                 raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
