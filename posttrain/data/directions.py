@@ -16,17 +16,18 @@ from posttrain.data.seeds import derive
 class Directions:
     """Every row becomes ``repeats`` rows, each with a unit vector of its own in ``columns``.
 
-    Source: DPA, arXiv 2402.18571 (abstract only): the user's wish as a direction in the space of rewards.  Uniform on the sphere, with the first reward never
-    unwanted, is our reading.
+    Source: DPA, arXiv 2402.18571 (abstract only): the user's wish as a direction in the space of rewards.  Uniform on the sphere, with the first
+    reward never unwanted, is our reading.
 
-    ``columns``: where the vector's entries go; ``data.prompt_template="{question}\\nhelpfulness {v1}, verbosity {v2}"`` puts them in the prompt, ``advantage=directed`` weighs the
-    rewards by them.  ``repeats``: directions per row.  ``digits``: to which they are rounded, in the prompt and in the weights alike.  ``first_positive``: whether the first entry
-    is never below 0.  ``seed``: of the draws, which depend on the row's content.
+    ``columns``: where the vector's entries go, the names of the rewards; ``data.prompt_template="{question} (helpfulness {helpfulness}, verbosity
+    {verbosity})"`` puts them in the prompt, ``advantage=directed`` weighs the rewards by them.  ``repeats``: directions per row.  ``digits``: to
+    which they are rounded, in the prompt and in the weights alike.  ``first_positive``: whether the first entry is never below 0.  ``seed``: of the
+    draws, which depend on the row's content.
 
     Wrong when: rewards are on different scales: the direction is then not the one that was said.
     """
 
-    columns: tuple[str, ...] = ("v1", "v2")
+    columns: tuple[str, ...] = ("helpfulness", "verbosity")
     repeats: int = 1
     digits: int = 2
     first_positive: bool = True

@@ -21,8 +21,8 @@ REPLACED, WAITS = "replaced_by_demonstration", "waits_for_demonstration"
 
 class Gate(Protocol):
     """``uses_demos``: whether demonstrations must be there.  Optional: ``separate_step`` (demonstrations get an optimizer step of their own,
-    after the others), ``makes_pairs`` (it turns groups into preference pairs), ``with_encode(encode)`` (a copy that can tokenise text), and ``state_dict()`` / ``load_state_dict(state)``, plain values
-    fit for JSON, for a gate that remembers."""
+    after the others), ``makes_pairs`` (it turns groups into preference pairs), ``with_encode(encode)`` (a copy that can tokenise text), and
+    ``state_dict()`` / ``load_state_dict(state)``, plain values fit for JSON, for a gate that remembers."""
 
     uses_demos: bool
 

@@ -20,15 +20,18 @@ Ids = tuple[int, ...]
 class FirstBadStep:
     """Of a wrong answer the first step that lowered what the answer is worth, against a step from the same place that did not.
 
-    Equation: ``Q(prefix) = mean R of the answers continued from it``; step ``k`` is bad when ``A_k = Q(steps 1..k) - Q(steps 1..k-1) < -gap``.  The pair: the first step of the
-    first right answer continued from ``steps 1..k-1``, and step ``k``, both behind the same prefix, of which nothing is learnt.
+    Equation: ``Q(prefix) = mean R of the answers continued from it``; step ``k`` is bad when ``A_k = Q(steps 1..k) - Q(steps 1..k-1) < -gap``.  The
+    pair: the first step of the first right answer continued from ``steps 1..k-1``, and step ``k``, both behind the same prefix, of which nothing is
+    learnt.
     Source: per-step negatives, arXiv 2406.14532 (secondary); the rule for the first bad step, ``gap`` and ``least`` are our reading.
 
-    ``success``: what is solved, and whose ``metric`` is averaged.  ``gap``: by how much the bad step must lower Q, and the good step must be ahead of it; equal Q is never a
-    pair.  ``least``: answers from which a Q may be estimated, 2 or more: with one, noise selects the step.  Where fewer got a verdict nothing is said.
-    ``answers``: how many wrong answers of a group are looked at.  A step that ends its answer is worth what the answer earned.  Both sides carry their Q as the reward ``score``.
+    ``success``: what is solved, and whose ``metric`` is averaged.  ``gap``: by how much the bad step must lower Q, and the good step must be ahead
+    of it; equal Q is never a pair.  ``least``: answers from which a Q may be estimated, 2 or more: with one, noise selects the step.  Where fewer
+    got a verdict nothing is said. ``answers``: how many wrong answers of a group are looked at.  A step that ends its answer is worth what the
+    answer earned.  Both sides carry their Q as the reward ``score``.
 
-    Wrong when: few continuations and a small ``gap`` meet: of many steps one always looks bad.  It needs ``rollout=continued``, which samples the continuations.
+    Wrong when: few continuations and a small ``gap`` meet: of many steps one always looks bad.  It needs ``rollout=continued``, which samples the
+    continuations.
     """
 
     success: Success = field(default_factory=Success)

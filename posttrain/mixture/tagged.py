@@ -20,11 +20,13 @@ class OutcomeTag:
     Equation: ``J = log pi(answer | tag(outcome), question) + log pi(feedback | tag(outcome), question, answer)``.
     Source: LeTI, arXiv 2305.10314 (abstract only; where the tag stands, and feedback from a verdict's ``detail``, are our reading).
 
-    ``good``: the words that stand once in every prompt (``data.prompt_template="good\\n{question}"``), so that answers are sampled, and evaluated, under them.  ``bad``: what takes
-    their place, where the model reads them, for an answer that failed; nothing else changes.  ``feedback``: the reward whose ``detail`` is learnt behind the answer (an
-    interpreter's text); null for none.  ``max_feedback_tokens``: longer ones are cut.  ``success``: what is good.  ``encode``: text to tokens, given by the run.
+    ``good``: the words that stand once in every prompt (``data.prompt_template="good\\n{question}"``), so that answers are sampled, and evaluated,
+    under them.  ``bad``: what takes their place, where the model reads them, for an answer that failed; nothing else changes.  ``feedback``: the
+    reward whose ``detail`` is learnt behind the answer (an interpreter's text); null for none.  ``max_feedback_tokens``: longer ones are cut.
+    ``success``: what is good.  ``encode``: text to tokens, given by the run.
 
-    Answers become given text with advantage 1, without a ratio; the loss decides which parts are learnt (``loss=leti``).  Answers without a verdict leave the step.
+    Answers become given text with advantage 1, without a ratio; the loss decides which parts are learnt (``loss=leti``).  Answers without a verdict
+    leave the step.
 
     Wrong when: all answers are good, or all bad: the tag then says nothing.
     """
@@ -68,7 +70,8 @@ class OutcomeTag:
             return []
         if self.feedback not in rollout.scores:
             raise ValueError(
-                f"sample {rollout.sample_id!r} has no reward {self.feedback!r} (it has {', '.join(sorted(rollout.scores)) or 'none'}); name one in mixture.gate.feedback"
+                f"sample {rollout.sample_id!r} has no reward {self.feedback!r} (it has {', '.join(sorted(rollout.scores)) or 'none'}); name one in "
+                "mixture.gate.feedback"
             )
         ids = self._ids(rollout.scores[self.feedback].detail)[: self.max_feedback_tokens]
         return [Segment(ids, Source.tool, trainable=(True,) * len(ids))] if ids else []
@@ -79,8 +82,8 @@ class OutcomeTag:
         places = [i for i in range(len(ids) - len(good) + 1) if ids[i : i + len(good)] == good]
         if len(places) != 1:
             raise ValueError(
-                f"the tokens of mixture.gate.good={self.good!r} stand {len(places)} times in prompt {name!r}, and not once; put the word in data.prompt_template, on a line "
-                "of its own, so that it is tokenised alone"
+                f"the tokens of mixture.gate.good={self.good!r} stand {len(places)} times in prompt {name!r}, and not once; put the word in "
+                "data.prompt_template, on a line of its own, so that it is tokenised alone"
             )
         return (*ids[: places[0]], *bad, *ids[places[0] + len(good) :])
 

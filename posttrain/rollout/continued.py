@@ -20,12 +20,12 @@ class Continued:
 
     Source: Monte Carlo estimates of a step's Q, arXiv 2406.14532 (secondary).
 
-    ``pairs``: the gate that will make pairs of it and says which prefixes it must know, ``${mixture.gate}``.  ``continuations``: from each prefix, 2 or more.  ``level``: what a step
-    is, a ``line``, a ``sentence`` or a ``clause``; it ends with the token that holds its end.  ``inner``: the strategy, ``Fixed`` by default, which decides on the first answers
-    alone.  ``decode``: tokens to text, given by the run.
+    ``pairs``: the gate that will make pairs of it and says which prefixes it must know, ``${mixture.gate}``.  ``continuations``: from each prefix,
+    2 or more.  ``level``: what a step is, a ``line``, a ``sentence`` or a ``clause``; it ends with the token that holds its end.  ``inner``: the
+    strategy, ``Fixed`` by default, which decides on the first answers alone.  ``decode``: tokens to text, given by the run.
 
-    A group costs ``continuations`` samples for every step of a wrong answer, and as many for the good step; rewards are reported of all of them.  Prefix and continuation may be
-    three times ``rollout.max_tokens`` long together.
+    A group costs ``continuations`` samples for every step of a wrong answer, and as many for the good step; rewards are reported of all of them.
+    Prefix and continuation may be three times ``rollout.max_tokens`` long together.
     """
 
     pairs: FirstBadStep | None = None
@@ -37,7 +37,9 @@ class Continued:
 
     def __post_init__(self) -> None:
         if not hasattr(self.pairs, "wanted"):
-            raise ValueError("rollout.strategy.pairs is not set: answers are continued for a gate that compares their steps; choose mixture=first_bad_step")
+            raise ValueError(
+                "rollout.strategy.pairs is not set: answers are continued for a gate that compares their steps; choose mixture=first_bad_step"
+            )
         if self.level not in ENDS:
             raise ValueError(f"rollout.strategy.level={self.level!r} does not exist; choose from {', '.join(ENDS)}")
         self._enough("continuations", self.continuations)
@@ -45,7 +47,9 @@ class Continued:
     def _enough(self, name: str, value: int) -> None:
         assert self.pairs is not None
         if value < self.pairs.least:
-            raise ValueError(f"rollout.strategy.{name}={value}: a Q is estimated from mixture.gate.least={self.pairs.least} answers or more, and never from one")
+            raise ValueError(
+                f"rollout.strategy.{name}={value}: a Q is estimated from mixture.gate.least={self.pairs.least} answers or more, and never from one"
+            )
 
     def bound(self, n: int) -> Continued:
         inner = self.inner.bound(n)
@@ -59,12 +63,13 @@ class Continued:
         """Where the steps of an answer end, in tokens; the last step, which ends with the answer, is left out."""
         assert self.decode is not None, "a run gives the strategy its decode"
         text = self.decode(ids)
-        places = [m.end() if "\n" in m[0] else m.start() for m in re.finditer(ENDS[self.level], text) if text[: m.start()].strip() and text[m.end() :].strip()]
+        found = [m for m in re.finditer(ENDS[self.level], text) if text[: m.start()].strip() and text[m.end() :].strip()]
+        places = [m.end() if "\n" in m[0] else m.start() for m in found]
         if not places:
             return []
         reached = [len(self.decode(ids[: i + 1])) for i in range(len(ids))]
-        found = [next((i + 1 for i, length in enumerate(reached) if length >= place), len(ids)) for place in places]
-        return sorted({end for end in found if end < len(ids)})
+        ends = {next((i + 1 for i, length in enumerate(reached) if length >= place), len(ids)) for place in places}
+        return sorted(end for end in ends if end < len(ids))
 
     def num_prompts(self, info: StepInfo) -> int:
         return self.inner.num_prompts(info)

@@ -51,9 +51,7 @@ EXPECTED = {
     "best_minus_second": BestMinusSecond(),
     "greedy": GreedyBaseline(),
     "running_baseline": RunningBaseline(),
-    "directed": Chain(
-        {"direct": ByDirection({"helpfulness": "v1", "verbosity": "v2"}), "one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}
-    ),
+    "directed": Chain({"direct": ByDirection(), "one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}),
     "diverse": Chain({"shape": Diverse(), "center": GroupAdvantage(scale="none")}),
     "trust_mix": Chain({"shape": TrustMix(), "norm": GroupAdvantage()}),
     "scaled": Chain({"center": GroupAdvantage(scale="none"), "scale": ScaleBy()}),

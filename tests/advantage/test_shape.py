@@ -162,5 +162,9 @@ def test_a_failed_reward_leaves_and_a_direction_must_be_one() -> None:
             DIRECTED([asked(*v)])
     with pytest.raises(ValueError, match="reads the score 'other'"):
         ByDirection({"other": "v1"})([asked(1.0)])
-    with pytest.raises(ValueError, match="direction is empty"):
-        ByDirection({})
+    named = asked(0.0)
+    named = replace(named, prompt=replace(named.prompt, meta={"help": 0.6, "short": 0.8}))
+    assert rewards(ByDirection(), named) == pytest.approx([0.38, -0.1, 0.46, 0.74])
+    assert rewards(ByDirection({"short": "help"}), named) == pytest.approx([0.24, -0.48, 0.12, 0.42])
+    with pytest.raises(ValueError, match="needs a number in the column 'help'"):
+        ByDirection()([asked(1.0)])

@@ -22,7 +22,13 @@ ANSWERS = [("policy", 1.0), ("policy", -1.0), ("demo", 1.0), ("demo", -1.0), ("p
 def batch(old: float = 0.0, rewards: tuple[float, ...] = tuple(a for _, a in ANSWERS)) -> TokenBatch:
     nan = float("nan")
     rows = [
-        Row(ids=[1, 2, 3], sources=["prompt", s, s], advantage=a, group=0, logps={"current": [nan, -0.5, -1.0], "old": [nan, -0.5 - old, -1.0], "behaviour": [nan, -0.2 - old, -1.0]})
+        Row(
+            ids=[1, 2, 3],
+            sources=["prompt", s, s],
+            advantage=a,
+            group=0,
+            logps={"current": [nan, -0.5, -1.0], "old": [nan, -0.5 - old, -1.0], "behaviour": [nan, -0.2 - old, -1.0]},
+        )
         for (s, _), a in zip(ANSWERS, rewards, strict=True)
     ]
     return TokenBatch.from_sequences(rows, dtype=torch.float64, fresh=False)
@@ -76,7 +82,9 @@ def learnt(seed: int, overrides: tuple[str, ...] = (), rounds: int = 60) -> tupl
     judge, policy, base = answer_judge(), bandit.policy(), bandit.policy()
     for i in range(rounds):
         rate = 1.0 if i < rounds // 2 else 0.3
-        Run(policy, "reinforce", KL, steps=25, rate=1.0, seed=1000 * seed + i, base=base, n=64, advantage=Reward(), reward=lambda p, a: float(judge.values[a[0]].detach())).go()
+        inner = Run(policy, "reinforce", KL, steps=25, rate=1.0, seed=1000 * seed + i, base=base, n=64, advantage=Reward())
+        inner.reward = lambda p, a: float(judge.values[a[0]].detach())
+        inner.go()
         draw = torch.Generator().manual_seed(1000 * seed + i)
         reward_step(judge, torch.multinomial(probabilities(policy), 128, replacement=True, generator=draw).tolist(), rate, overrides)
     optimum = torch.softmax(bandit.BASE + judge.values.detach() / BETA, 0)
@@ -88,19 +96,26 @@ def test_the_learnt_reward_s_optimum_is_the_data_s_distribution() -> None:
     """Without the policy's own answers the reward grows without end, and its optimum is the most frequent answer."""
     start = float((torch.softmax(bandit.BASE, 0) - DATA).abs().sum() / 2)
     found = [learnt(seed) for seed in range(2)]
-    print(start, found, learnt(0, ("streams.own=null",)))
     assert start > 0.4
     assert max(of_reward for of_reward, _ in found) < 0.08 and max(of_policy for _, of_policy in found) < 0.15
     assert learnt(0, ("streams.own=null",))[0] > 0.3
 
 
 def test_the_outer_step_is_the_gradient_of_the_data_s_likelihood_under_the_inner_optimum() -> None:
-    """Exactly, where the policy's own answers are as frequent as the optimum says; the published gradient goes through the optimum, autograd's here."""
+    """Exactly, where the policy's own answers are as frequent as the optimum says; autograd goes through the optimum here."""
     reward = torch.tensor([0.1, -0.4, 0.3, 0.0, 0.2, -0.1, 0.5, -0.6], dtype=torch.float64, requires_grad=True)
     inner = torch.log_softmax(bandit.BASE + reward / BETA, 0)
     (exact,) = torch.autograd.grad((DATA * inner).sum(), reward)
     rows = [
-        Row(ids=[8, a, 0], sources=["prompt", "demo", "demo"], trainable=[False, False, True], weight=float(w * ACTIONS), pair=a, side=side, logps={"current": [0.0] * 3})  # type: ignore[arg-type]
+        Row(
+            ids=[8, a, 0],
+            sources=["prompt", "demo", "demo"],
+            trainable=[False, False, True],
+            weight=float(w * ACTIONS),
+            pair=a,
+            side=side,  # type: ignore[arg-type]
+            logps={"current": [0.0] * 3},
+        )
         for a in range(ACTIONS)
         for side, w in (("chosen", DATA[a]), ("rejected", inner[a].detach().exp()))
     ]

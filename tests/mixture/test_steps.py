@@ -36,9 +36,12 @@ def answer(number: int, ids: Sequence[int], reward: float | None, prefix: int = 
     return Rollout(f"q/{number}", ASKED, (*begun, own), finish=finish, reward=reward)
 
 
-def tree(*more: Rollout, q1: Sequence[float | None] = (1, 1, 0, 1), q2: Sequence[float | None] = (0, 0, 0, 1), good: Sequence[float | None] = (1, 1, 1, 0)) -> Group:
-    """Steps of two tokens.  The answer 10 11 | 20 21 | 30 31 is wrong; what it is worth behind its steps is the mean of q1 and of q2.  The first of q1 goes on with 40 41,
-    which is worth ``good``."""
+Values = Sequence[float | None]
+
+
+def tree(*more: Rollout, q1: Values = (1, 1, 0, 1), q2: Values = (0, 0, 0, 1), good: Values = (1, 1, 1, 0)) -> Group:
+    """Steps of two tokens.  The answer 10 11 | 20 21 | 30 31 is wrong; what it is worth behind its steps is the mean of q1 and of q2.  The first of q1
+    goes on with 40 41, which is worth ``good``."""
     bad = (10, 11, 20, 21, 30, 31)
     out = [answer(0, bad, 0.0), answer(1, (50, 51), 1.0), answer(2, (52, 53), 1.0), answer(3, (54, 55), 1.0)]
     out += [answer(10 + i, (10, 11, 40 + i, 41, 60, 61), r, 2) for i, r in enumerate(q1)]
@@ -98,7 +101,8 @@ def test_the_gradient_is_dpo_on_the_step_given_its_prefix() -> None:
     own, whole = (load("per_step_negatives").weights(b) for b in (batch, shared))
     assert float(own[3]) == pytest.approx(float(whole[3]), rel=1e-12), "the margin does not know a prefix that both sides share"
     assert float((whole[1:3] + whole[6:8]).abs().max()) < 1e-15, "and what one side gives its tokens the other takes"
-    assert load("dpo_norm", ["streams.pairs.source=[policy,prefix]"]).weights(shared)[3] != load("dpo_norm", ["streams.pairs.source=[policy]"]).weights(batch)[3]
+    mean, mean_of_all = (load("dpo_norm", [f"streams.pairs.source={s}"]).weights(b) for s, b in (("[policy]", batch), ("[policy,prefix]", shared)))
+    assert mean[3] != mean_of_all[3]
 
 
 def scored(rows: Sequence[Any]) -> TokenBatch:
@@ -158,8 +162,10 @@ def test_a_q_from_one_rollout_is_refused() -> None:
 
 def test_the_last_step_is_worth_what_the_answer_earned() -> None:
     """It is the first bad one here, and cut off for its length; the good one ends its answer too."""
-    (pair,) = made(FirstBadStep(), Group(ASKED, (answer(0, (10, 11, 20), 0.0, finish="length"), answer(1, (7,), 1.0), answer(2, (10, 11, 21), 1.0, 2), answer(3, (10, 11, 22), 1.0, 2))))
-    assert [(d.segments[-1].ids, d.rewards["score"], d.finish) for d in (pair.chosen, pair.rejected)] == [((21,), 1.0, "stop"), ((20,), 0.0, "length")]
+    answers = answer(0, (10, 11, 20), 0.0, finish="length"), answer(1, (7,), 1.0), answer(2, (10, 11, 21), 1.0, 2), answer(3, (10, 11, 22), 1.0, 2)
+    (pair,) = made(FirstBadStep(), Group(ASKED, answers))
+    found = [(d.segments[-1].ids, d.rewards["score"], d.finish) for d in (pair.chosen, pair.rejected)]
+    assert found == [((21,), 1.0, "stop"), ((20,), 0.0, "length")]
 
 
 def test_what_was_left_out_and_what_is_no_group_passes() -> None:
@@ -215,7 +221,8 @@ def test_it_stands_around_another_strategy_which_sees_the_first_answers_alone() 
 
 
 class Pool:
-    """Engines that write the step 2 wherever it is asked for the first time, else step 1, each a token and a line; answers have three steps and are right without a 2."""
+    """Engines whose first answer has the step 2 in its middle, all others the step 1 alone, each a token and a line; answers of three steps are right without
+    a 2."""
 
     def __init__(self) -> None:
         self.read: list[tuple[tuple[int, ...], int, int]] = []
@@ -249,7 +256,10 @@ class Verifier:
         return {}
 
     async def score(self, groups: Sequence[Group], step: int, progress: float) -> list[Group]:
-        return [replace(g, rollouts=tuple(replace(r, reward=float(all(i != 2 for s in r.segments for i in s.ids))) for r in g.rollouts)) for g in groups]
+        def scored(r: Rollout) -> Rollout:
+            return replace(r, reward=float(all(i != 2 for s in r.segments for i in s.ids)))
+
+        return [replace(g, rollouts=tuple(map(scored, g.rollouts))) for g in groups]
 
 
 def test_the_run_s_stage_samples_scores_and_joins_the_continuations() -> None:
@@ -311,8 +321,8 @@ class Whole(FirstBadStep):
 
 
 def spurious(gate: Any, seed: int, steps: int = 40) -> tuple[float, float]:
-    """Three steps; the answer is right when the last is a 0.  The spurious second step is taken half the time, and a right last step is three times rarer behind it, so right
-    answers hold it too.  Probability of the spurious step after so many updates, and that of a right answer."""
+    """Three steps; the answer is right when the last is a 0: with probability 3/4, and with 1/4 behind the spurious second step, which is taken half the
+    time, so right answers hold it too.  Probability of the spurious step after so many updates, and that of a right answer."""
     start = torch.zeros(15, 5, dtype=torch.float64)
     start[5:10, SPURIOUS] = math.log(4.0)
     start[10:, 0] = math.log(12.0)
@@ -320,8 +330,8 @@ def spurious(gate: Any, seed: int, steps: int = 40) -> tuple[float, float]:
     policy = Policy([Table(values(15, 5, start), lambda p, t, last: t * 5 + last)], 5, 3)
     strategy = Continued(FirstBadStep(), continuations=8, decode=lambda ids: "".join(f"{i}\n" for i in ids)).bound(8)
     Run(
-        policy, "per_step_negatives", ("streams.pairs.advantage.beta=1.0",), steps=steps, rate=2.0, seed=seed, reward=lambda p, a: float(a[2] == 0), prompts=range(8), strategy=strategy,
-        gate=gate,
+        policy, "per_step_negatives", ("streams.pairs.advantage.beta=1.0",), steps=steps, rate=2.0, seed=seed, reward=lambda p, a: float(a[2] == 0),
+        prompts=range(8), strategy=strategy, gate=gate,
     ).go()  # fmt: skip
     answers, logp = policy.all_answers(1)
     p = logp[0].exp()

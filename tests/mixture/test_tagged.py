@@ -24,7 +24,8 @@ ASKED = Prompt("q", (1, 40, 41, 2))
 
 def group(*rewards: float | None, detail: str = "", asked: Prompt = ASKED) -> Group:
     scores = {"tests": Score(0.0, detail=detail)}
-    segments = (Segment((7, 8), Source.policy, logprobs=(-1.0, -2.0), version=4), Segment((9,), Source.tool), Segment((8,), Source.policy, logprobs=(-3.0,), version=4))
+    first, second = (Segment(ids, Source.policy, logprobs=(-1.0, -2.0)[: len(ids)], version=4) for ids in ((7, 8), (8,)))
+    segments = (first, Segment((9,), Source.tool), second)
     return Group(asked, tuple(Rollout(f"q/{i}", asked, segments, scores=scores, reward=r) for i, r in enumerate(rewards)))
 
 
@@ -38,8 +39,10 @@ def test_the_swap_changes_the_context_and_nothing_else() -> None:
     assert list(right.ids) == [1, 40, 41, 2, 7, 8, 9, 8] and list(wrong.ids) == [1, 50, 2, 7, 8, 9, 8]
     for row, start in ((right, 4), (wrong, 3)):
         assert list(row.ids[start:]) == [7, 8, 9, 8] and not row.logps and row.advantage == 1.0
-        assert [s.name for s in row.sources[start:]] == ["demo", "demo", "tool", "demo"] and list(row.trainable) == [False] * start + [True, True, False, True]
-    weights = load("leti").weights(TokenBatch.from_sequences([right, wrong], dtype=torch.float64).with_logps(current=torch.zeros(13, dtype=torch.float64)))
+        assert [s.name for s in row.sources[start:]] == ["demo", "demo", "tool", "demo"]
+        assert list(row.trainable) == [False] * start + [True, True, False, True]
+    batch = TokenBatch.from_sequences([right, wrong], dtype=torch.float64)
+    weights = load("leti").weights(batch.with_logps(current=torch.zeros(13, dtype=torch.float64)))
     assert weights[weights != 0].tolist() == pytest.approx([1 / 6] * 6), "good and bad answers weigh alike"
 
 
@@ -50,9 +53,9 @@ def test_what_the_verifier_said_is_learnt_behind_the_answer() -> None:
     assert list(rows_of(replace(told, max_feedback_tokens=1), group(0.0, detail="it failed"))[0].ids[-2:]) == [8, 60]
     assert len(rows_of(told, group(1.0))[0].ids) == 8, "nothing was said"
     batch = TokenBatch.from_sequences([row], dtype=torch.float64).with_logps(current=torch.zeros(len(row.ids) - 1, dtype=torch.float64))
-    parts = {name: load("leti", overrides).weights(batch) for name, overrides in (("both", []), ("answers", ["streams.feedback=null"]), ("text", ["streams.demos=null"]))}
-    assert (parts["both"] != 0).sum() == 6 and (parts["answers"] != 0).sum() == 3 == (parts["text"] != 0).sum()
-    torch.testing.assert_close(parts["both"], parts["answers"] + parts["text"], rtol=1e-12, atol=0)
+    both, answers, text = (load("leti", overrides).weights(batch) for overrides in ([], ["streams.feedback=null"], ["streams.demos=null"]))
+    assert (both != 0).sum() == 6 and (answers != 0).sum() == 3 == (text != 0).sum()
+    torch.testing.assert_close(both, answers + text, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match=r"has no reward 'other' \(it has tests\)"):
         rows_of(replace(TAG, feedback="other"), group(0.0))
 
@@ -60,7 +63,8 @@ def test_what_the_verifier_said_is_learnt_behind_the_answer() -> None:
 def test_no_verdict_is_neither_good_nor_bad() -> None:
     assert len(rows_of(TAG, group(1.0, None))) == 1
     (out,) = TAG([group(None, None)], Demos(), 0, 0.0)
-    assert out.dropped == "no_verdict" and TAG([replace(group(1.0), dropped="dead"), "other"], Demos(), 0, 0.0) == [replace(group(1.0), dropped="dead"), "other"]
+    passing = [replace(group(1.0), dropped="dead"), "other"]
+    assert out.dropped == "no_verdict" and TAG(passing, Demos(), 0, 0.0) == passing
     half = replace(TAG, success=Success(threshold=0.5))
     assert [len(r.ids) for r in rows_of(half, group(0.5, 0.4))] == [8, 7] and [len(r.ids) for r in rows_of(TAG, group(0.5, 0.4))] == [7, 7]
 
@@ -76,7 +80,8 @@ def test_settings_are_checked_and_the_run_gives_the_gate_its_tokenizer() -> None
         with pytest.raises(ValueError, match="must be"):
             OutcomeTag(**bad)  # type: ignore[arg-type]
     both = InTurn({"tag": OutcomeTag("good", "bad"), "none": None}).with_encode(TAG.encode)
-    assert both.makes_demos and both([group(0.0)], Demos(), 0, 0.0) == TAG([group(0.0)], Demos(), 0, 0.0) and not InTurn({"pairs": BestWorst()}).makes_demos
+    assert both.makes_demos and not InTurn({"pairs": BestWorst()}).makes_demos
+    assert both([group(0.0)], Demos(), 0, 0.0) == TAG([group(0.0)], Demos(), 0, 0.0)
 
 
 def learnt(gate: OutcomeTag | None, seed: int) -> tuple[float, float]:
