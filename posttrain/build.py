@@ -326,6 +326,7 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
     rollout, gpu = config.rollout, config.cluster.device == "cuda"
     assert config.model.path is not None
     prefix = config.data.max_length if getattr(rollout.strategy, "needs_demos", False) else 0
+    prefix += 2 * rollout.max_tokens if getattr(rollout.strategy, "continues", False) else 0
     answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
     judging = [j for j in judges(config.reward.fn).values() if j.model == POLICY]
     question = longest(judging, Renderer(tokenizer), config.data.max_prompt_tokens, answer) if judging else 0
@@ -484,7 +485,11 @@ async def open_stage(
         if config.rollout.kind == "replay" and sizes < config.rollout.prompts_per_step:
             console.message(f"data.train holds {sizes} records, fewer than rollout.prompts_per_step={config.rollout.prompts_per_step}: each is seen more than once per step")
         drawn = Sampler(demos, config.seed, name="demos") if demos else None
-        gate = GateStage(config.mixture.gate or PassThrough(), Demos(demos, drawn), config.steps)
+        given = config.mixture.gate or PassThrough()
+        if hasattr(given, "with_encode"):
+            renderer = Renderer(tokenizer)
+            given = given.with_encode(lambda text: renderer.plain("", text, complete=False).ids[len(renderer.bos) :])
+        gate = GateStage(given, Demos(demos, drawn), config.steps)
         for key, asks in (("mixture.gate", gate.gate.uses_demos), ("rollout.strategy", getattr(config.rollout.strategy, "needs_demos", False))):
             if asks and not demos:
                 raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
@@ -510,6 +515,8 @@ async def open_stage(
             strategy = (config.rollout.strategy or Fixed()).bound(config.rollout.n)
             if getattr(strategy, "needs_demos", False):
                 strategy = strategy.with_demos(gate.demos)
+            if getattr(strategy, "continues", False):
+                strategy = strategy.with_decode(pool.decode)
             rollout = Engines(
                 pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps, config.advantage
             )

@@ -439,11 +439,17 @@ def check(config: RunConfig) -> None:
         given = getattr(config.mixture.gate, "uses_demos", False)
         require(not making or given or rollout.n > 1, f"rollout.n={rollout.n}: the best answer to a prompt needs a worst; set rollout.n to 2 or more")
         limit = rollout.max_model_len
-        prefixed = getattr(rollout.strategy, "needs_demos", False)
-        require(not (rollout.environment and prefixed), "rollout.environment and a strategy with prefixes do not go together: set one of them to null")
+        prefixed, continued = (getattr(rollout.strategy, name, False) for name in ("needs_demos", "continues"))
         require(
-            limit is None or data.max_prompt_tokens + rollout.max_tokens <= limit,
-            f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",
+            continued or not getattr(config.mixture.gate, "needs_continuations", False),
+            f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "
+            "rollout=continued",
+        )
+        require(not (rollout.environment and (prefixed or continued)), "rollout.environment and a strategy with prefixes do not go together: set one of them to null")
+        require(
+            limit is None or data.max_prompt_tokens + (1 + 2 * continued) * rollout.max_tokens <= limit,
+            f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + {'three times ' * continued}"
+            f"rollout.max_tokens={rollout.max_tokens}",
         )
     else:
         require(data.kind != "prompts", "rollout=replay learns from given answers: set data.kind to demos, pairs, lists or steps")

@@ -199,3 +199,47 @@ class TailRisk:
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         self.quantiles = list(state["quantiles"])
+
+
+@dataclass(frozen=True)
+class ByDirection:
+    """The reward is what the prompt asks for: a weighted sum of named rewards whose weights stand in the prompt's own columns.
+
+    Equation: ``R = sum_n v_n r_n``, ``v_n = meta[direction[n]]``, or ``meta[n]`` where ``direction`` is empty.
+    Source: DPA, arXiv 2402.18571 (abstract only).
+
+    ``direction``: reward name -> the column of the data with its weight, of either sign; an empty map takes every reward, and the column
+    of its own name.  A sample with a reward that failed leaves the group.
+
+    Wrong when: the direction does not stand in the prompt too: the policy is then pulled in every direction at once.
+    """
+
+    direction: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [self._one(group) for group in groups]
+
+    def _one(self, group: Group) -> Group:
+        rewards_of(group)
+        names = sorted({n for r in group.rollouts for n in r.scores if "/" not in n})
+        v = self._weights(group, self.direction or dict(zip(names, names, strict=True)))
+        rewards: dict[str, float | None] = {}
+        for rollout in (r for r in group.rollouts if r.reward is not None):
+            found = {name: score_of(rollout, name, "advantage ByDirection") for name in v}
+            rewards[rollout.sample_id] = None if None in found.values() else math.fsum(v[n] * x for n, x in found.items() if x is not None)
+        return _rewarded(group, rewards)
+
+    @staticmethod
+    def _weights(group: Group, columns: Mapping[str, str]) -> dict[str, float]:
+        out = {}
+        for name, column in columns.items():
+            value = group.prompt.meta.get(column)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(
+                    f"prompt {group.id!r}: advantage ByDirection needs a number in the column {column!r}, not {value!r}; its other columns are "
+                    f"{', '.join(map(str, group.prompt.meta)) or 'none'}"
+                )
+            out[name] = float(value)
+        if not any(out.values()):
+            raise ValueError(f"prompt {group.id!r}: its direction is 0 in {', '.join(columns.values()) or 'every reward'}, which asks for nothing")
+        return out

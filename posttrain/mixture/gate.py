@@ -7,7 +7,7 @@ partial credit is no success; a rollout whose verifier failed is neither solved 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -21,8 +21,8 @@ REPLACED, WAITS = "replaced_by_demonstration", "waits_for_demonstration"
 
 class Gate(Protocol):
     """``uses_demos``: whether demonstrations must be there.  Optional: ``separate_step`` (demonstrations get an optimizer step of their own,
-    after the others), ``makes_pairs`` (it turns groups into preference pairs), and ``state_dict()`` / ``load_state_dict(state)``, plain values
-    fit for JSON, for a gate that remembers."""
+    after the others), ``makes_pairs`` (it turns groups into preference pairs), ``with_encode(encode)`` (a copy that can tokenise text), and
+    ``state_dict()`` / ``load_state_dict(state)``, plain values fit for JSON, for a gate that remembers."""
 
     uses_demos: bool
 
@@ -201,6 +201,18 @@ class InTurn:
     @property
     def makes_pairs(self) -> bool:
         return any(getattr(gate, "makes_pairs", False) for gate in self._given.values())
+
+    @property
+    def needs_continuations(self) -> bool:
+        return any(getattr(gate, "needs_continuations", False) for gate in self._given.values())
+
+    @property
+    def makes_demos(self) -> bool:
+        return any(getattr(gate, "makes_demos", False) for gate in self._given.values())
+
+    def with_encode(self, encode: Callable[[str], Sequence[int]]) -> InTurn:
+        """A copy whose gates have it that ask for it."""
+        return InTurn({name: gate.with_encode(encode) if hasattr(gate, "with_encode") else gate for name, gate in self._given.items()})
 
     @property
     def separate_step(self) -> bool:

@@ -130,6 +130,7 @@ class Probe:
                 Row(
                     ids=[0, 1],
                     sources=["prompt", self.stream.source[0]],
+                    trainable=[False, True],  # a tool's words too, which are learnt where a stream is of them
                     logps={name: [math.nan, value] for name, value in {"current": start, **known}.items()},
                     advantage=1.0 if i % 2 == 0 else 0.0 if self.scalar else -1.0,
                     group=i // GROUP if context == self.stream.context else None,

@@ -30,7 +30,7 @@ from posttrain.advantage import (
     Reward,
     RunningBaseline,
 )
-from posttrain.advantage.shape import Diverse, ScaleBy, TailRisk, TrustMix
+from posttrain.advantage.shape import ByDirection, Diverse, ScaleBy, TailRisk, TrustMix
 
 FOLDER = Path(posttrain.__file__).parents[1] / "configs" / "advantage"
 EXPECTED = {
@@ -51,6 +51,7 @@ EXPECTED = {
     "best_minus_second": BestMinusSecond(),
     "greedy": GreedyBaseline(),
     "running_baseline": RunningBaseline(),
+    "directed": Chain({"direct": ByDirection(), "one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}),
     "diverse": Chain({"shape": Diverse(), "center": GroupAdvantage(scale="none")}),
     "trust_mix": Chain({"shape": TrustMix(), "norm": GroupAdvantage()}),
     "scaled": Chain({"center": GroupAdvantage(scale="none"), "scale": ScaleBy()}),

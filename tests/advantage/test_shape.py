@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from posttrain.advantage import Chain, GroupAdvantage
-from posttrain.advantage.shape import Diverse, ScaleBy, TailRisk, TrustMix
+from posttrain.advantage import Chain, Constant, Extremes, GroupAdvantage
+from posttrain.advantage.shape import ByDirection, Diverse, ScaleBy, TailRisk, TrustMix
 from posttrain.records import Group, Score
 from tests.advantage.test_group import group, values
 
@@ -118,3 +118,53 @@ def test_the_tracked_quantiles_settle_where_they_belong() -> None:
 def test_impossible_settings_are_refused(make, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         make()
+
+
+# -- a direction in the prompt ---------------------------------------------------------------------------------------------------------
+BEST = {"one": Constant(unscored=False), "best": Extremes(best=1, worst=0)}
+DIRECTED = Chain({"direct": ByDirection({"help": "v1", "short": "v2"}), **BEST})
+
+
+def asked(v1: object, v2: object = 0.0, scores: tuple[tuple[float | None, ...], ...] = ((0.1, 0.9, 0.5, 0.3), (0.4, -0.8, 0.2, 0.7))) -> Group:
+    """Four answers with two rewards, whose combined reward is that of the first."""
+    made = group(*(0.0 if s is None else s for s in scores[0]))
+    told = [
+        replace(r, scores={n: Score(s) if s is not None else Score(None, "error") for n, s in zip(("help", "short"), pair, strict=True)})
+        for r, *pair in zip(made.rollouts, *scores, strict=True)
+    ]
+    return replace(made, prompt=replace(made.prompt, meta={"v1": v1, "v2": v2}), rollouts=tuple(told))
+
+
+def picked(estimator, one: Group) -> list[int]:
+    return [i for i, r in enumerate(estimator([one])[0].rollouts) if r.advantage is not None]
+
+
+def test_the_first_axis_is_the_best_of_the_group_by_the_first_reward() -> None:
+    """The whole result, not only who is picked; the second axis is another."""
+    found, plain = DIRECTED([asked(1.0)]), Chain(BEST)([asked(1.0)])
+    assert [r.advantage for r in found[0].rollouts] == [r.advantage for r in plain[0].rollouts] == [None, 1.0, None, None]
+    assert [r.reward for r in found[0].rollouts] == [r.reward for r in plain[0].rollouts]
+    assert picked(DIRECTED, asked(0.0, 1.0)) == [3]
+
+
+def test_a_direction_and_its_opposite_pick_the_two_ends() -> None:
+    for v in ((1.0, 0.0), (0.0, 1.0), (0.6, 0.8), (0.8, -0.6)):
+        value = [v[0] * a + v[1] * b for a, b in zip((0.1, 0.9, 0.5, 0.3), (0.4, -0.8, 0.2, 0.7), strict=True)]
+        assert picked(DIRECTED, asked(*v)) == [value.index(max(value))] and picked(DIRECTED, asked(-v[0], -v[1])) == [value.index(min(value))]
+    two = Chain({"direct": ByDirection({"help": "v1", "short": "v2"}), "one": Constant(unscored=False), "best": Extremes(best=2, worst=0)})
+    assert picked(two, asked(1.0)) == [1, 2]
+
+
+def test_a_failed_reward_leaves_and_a_direction_must_be_one() -> None:
+    assert picked(DIRECTED, asked(1.0, 0.0, ((0.1, 0.9, 0.5, 0.3), (0.4, None, 0.2, 0.7)))) == [2]
+    for v, message in ((("up", 0.0), "needs a number in the column 'v1'"), ((1.0, None), "'v2'"), ((0.0, 0.0), "asks for nothing"), ((math.nan, 1.0), "'v1'")):
+        with pytest.raises(ValueError, match=message):
+            DIRECTED([asked(*v)])
+    with pytest.raises(ValueError, match="reads the score 'other'"):
+        ByDirection({"other": "v1"})([asked(1.0)])
+    named = asked(0.0)
+    named = replace(named, prompt=replace(named.prompt, meta={"help": 0.6, "short": 0.8}))
+    assert rewards(ByDirection(), named) == pytest.approx([0.38, -0.1, 0.46, 0.74])
+    assert rewards(ByDirection({"short": "help"}), named) == pytest.approx([0.24, -0.48, 0.12, 0.42])
+    with pytest.raises(ValueError, match="needs a number in the column 'help'"):
+        ByDirection()([asked(1.0)])

@@ -36,7 +36,7 @@ def composer() -> Iterator[None]:
         yield
 
 
-BESIDE = {"mixture": ["advantage=group_norm"]}
+BESIDE = {"mixture": ["advantage=group_norm"], "rollout": ["mixture=first_bad_step"]}
 """What a choice of one group reads from others."""
 
 

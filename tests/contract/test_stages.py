@@ -12,12 +12,17 @@ import pytest
 
 from posttrain.advantage import GroupAdvantage
 from posttrain.data.worlds.composition import Composition
-from posttrain.mixture import buffer, context, gate, pairs, route, turns
+from posttrain.mixture import buffer, context, gate, pairs, route, steps, tagged, turns
 from posttrain.records import Demo, Group, Score
 from posttrain.reward.math import MathVerify
 from posttrain.reward.rules import Choice, Exact, Format, Numeric, SoftOverlong, WorldVerifier
 from posttrain.testing.check import CheckFailed, check_term, role_of
 from posttrain.testing.stage import COMPLETIONS, check_gate, check_reward, example_demos, example_step
+
+
+def one_token(text: str) -> list[int]:
+    return [1 if text == "a" else 9]
+
 
 GATES: dict[str, Any] = {
     "PassThrough": gate.PassThrough(),
@@ -32,6 +37,8 @@ GATES: dict[str, Any] = {
     "FirstAccepted": route.FirstAccepted(),
     "RightOnly": route.RightOnly(),
     "Corrupt": context.Corrupt(token=9),
+    "FirstBadStep": steps.FirstBadStep(),
+    "OutcomeTag": tagged.OutcomeTag("a", "b", encode=one_token),
     "WithoutCritique": turns.WithoutCritique("answer", "answer"),
 }
 REWARDS: dict[str, Any] = {
@@ -50,7 +57,7 @@ def test_every_shipped_gate(name: str) -> None:
 
 
 def test_no_shipped_gate_is_forgotten() -> None:
-    modules = (buffer, context, gate, pairs, route, turns)
+    modules = (buffer, context, gate, pairs, route, steps, tagged, turns)
     shipped = {
         n
         for m in modules

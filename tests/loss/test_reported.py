@@ -43,7 +43,7 @@ def case_value(name: str, data: Data) -> torch.Tensor:
 REPORTED = """
 dpo; cdpo; robust dpo; hinge; ipo; ipo with sums; dpo_norm; robust_dpo; dpo with soft labels; rso; kto; kto with weights; bco;
 bco_pair; implicit_prm; nca; nca of lists; info_nca; exo; exo of lists; sppo; simpo; alphapo; apo_zero; dpop; tr_dpo; online_dpo;
-online_ipo; spin; f_dpo; f_dpo, Jensen-Shannon; f_dpo, alpha divergence; aot; aot of sides; ld_dpo; discopop; step_apo; ids;
+per_step_negatives; online_ipo; spin; f_dpo; f_dpo, Jensen-Shannon; f_dpo, alpha divergence; aot; aot of sides; ld_dpo; discopop; step_apo; ids;
 reward_model; reward_model with margins of the pairs; process_reward_model; process_reward_model, squared; value; value, not clipped
 """
 """Cases whose loss is one number of one stream, by name: composing all objectives while tests are collected would take half a minute."""

@@ -342,10 +342,13 @@ class Run:
         return self.advantage(out) if self.advantage is not None else out
 
     def _observed(self, group: Group, policy: Policy, info: StepInfo, draw: torch.Generator) -> Group:
-        """With the samples a strategy asks for after it has seen the others: a greedy one, for instance."""
-        for ask in self.strategy.observe(group, info) if self.strategy is not None else []:
-            answers = policy.sample([number_of(ask.prompt)] * ask.n, draw, greedy=ask.greedy)
-            group = replace(group, rollouts=(*group.rollouts, *(self._rollout(ask, i, a, info.step, draw) for i, a in enumerate(answers))))
+        """With the samples a strategy asks for after it has seen the others, for as long as it asks: a greedy one, continuations of what was said."""
+        while asks := self.strategy.observe(group, info) if self.strategy is not None else []:
+            for ask in asks:
+                answers = policy.sample([number_of(ask.prompt)] * ask.n, draw, [ask.prefix] * ask.n if ask.prefix else None, greedy=ask.greedy)
+                more = Group(ask.prompt, tuple(self._rollout(replace(ask, first=len(group.rollouts)), i, a, info.step, draw) for i, a in enumerate(answers)))
+                more = put_back(more, ask.prompt, ask.prefix, lambda ids: "") if ask.prefix else more
+                group = replace(group, rollouts=(*group.rollouts, *more.rollouts))
         return group
 
     def _rollout(self, ask: Ask, i: int, answer: list[tuple[int, float]], step: int, draw: torch.Generator) -> Rollout:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.testing.tiny import create_tiny_model
-from tests.recipes.conftest import ROOT, SMALL, train
+from tests.recipes.conftest import ROOT, SMALL, start, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -67,3 +67,53 @@ def test_a_student_learns_from_a_teacher_that_was_asked_once(tmp_path: Path) -> 
     run = train(tmp_path / "run", *words, "rollout.prompts_per_step=16", "steps=6", "learner.lr=3e-3", "learner.warmup_steps=1", "learner.zero_stage=3")
     distance = [row["demos/distill"] for row in run.rows]
     assert min(distance) > 0 and distance[-1] < 0.9 * distance[0]
+
+
+def test_steps_of_wrong_answers_become_pairs(tmp_path: Path) -> None:
+    """A random model over five characters writes lines; an answer is right when small letters are most of it."""
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": "ab" * n}) + "\n" for n in range(1, 9)))
+    words = ["recipe=grpo", *SMALL, "model.tiny.alphabet='abAB\n'", f"data.train.path={tmp_path / 'asked.jsonl'}", "rollout=continued", "mixture=first_bad_step"]
+    words += ["loss=per_step_negatives", "advantage=none", *LETTERS, "mixture.gate.success.threshold=0.55", "mixture.gate.gap=0.01", "steps=2"]
+    words += ["learner.lr=1e-3", "check.weights_moved=false", "rollout.prompts_per_step=6", "rollout.n=4", "rollout.max_tokens=16", "rollout.strategy.continuations=3"]
+    run = train(tmp_path / "run", *words)
+    for row in run.rows:
+        assert row["mixture/pairs"] > 0 and row["rollout/generated"] > 24
+        assert 0 < row["pairs/tokens"] < 2 * 16 * row["mixture/pairs"], "steps, not answers"
+
+
+def asked(folder: Path, num: int = 16) -> str:
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"question": f"say {i}"}) + "\n" for i in range(num)))
+    return f"data.train.path={folder / 'asked.jsonl'}"
+
+
+STEPS = ["steps=2", "learner.lr=1e-3", "check.weights_moved=false", "rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12", "reward=none"]
+
+
+def test_answers_under_a_word_for_their_outcome(tmp_path: Path) -> None:
+    """Good and bad ones alike, and what the verifier said of them; the word is told from the prompt's own tokens."""
+    words = ["recipe=grpo", *SMALL, asked(tmp_path), r"data.prompt_template='[good]\n{question}'", "loss=leti", "mixture=outcome_tag", "advantage=constant", *STEPS]
+    words += ["reward.fn.told._target_=tests.recipes.rewards.told", "mixture.gate={good: '[good]', bad: '[bad]', feedback: told, success: {threshold: 0.3}}"]
+    run = train(tmp_path / "run", *words)
+    for row in run.rows:
+        assert row["demos/tokens"] > 16
+        assert 16 * len("it begins with ") <= row["feedback/tokens"] <= 16 * len("it begins with x")
+    refused = ["recipe=grpo", *SMALL, asked(tmp_path), "data.prompt_template='{question}'", *words[len(SMALL) + 3 :]]
+    process = start(*refused, f"run_dir={tmp_path / 'refused'}")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "stand 0 times in prompt" in output, output[-3000:]
+
+
+def test_the_best_answers_in_a_direction_that_the_prompt_says(tmp_path: Path) -> None:
+    words = ["recipe=grpo", *SMALL, asked(tmp_path), r"data.prompt_template='{question}, letters {letters}, short {short}'"]
+    words += ["+data.train.adapter={_target_: posttrain.data.directions.Directions, columns: [letters, short]}"]
+    words += ["loss=dpa", "advantage=directed", "advantage.steps.best.best=2", *STEPS]
+    words += ["reward.fn.letters._target_=tests.recipes.rewards.letters", "+reward.fn.short._target_=tests.recipes.rewards.short"]
+    run = train(tmp_path / "run", *words)
+    for row in run.rows:
+        assert row["data/dropped/no_advantage"] == 8.0 and row["rollouts/advantage_abs"] == 1.0 and 8 <= row["rollouts/tokens"] <= 8 * 12
+
+
+def test_trajectories_are_paid_with_both_signs_and_no_ratio(tmp_path: Path) -> None:
+    words = ["recipe=grpo", *SMALL, asked(tmp_path), "loss=a3t", "advantage=reward", "advantage.baseline=0.4", *STEPS, "data.prompt_template='{question}'"]
+    run = train(tmp_path / "run", *words, "reward.fn.letters._target_=tests.recipes.rewards.letters")
+    assert all(row["trajectories/tokens"] > 16 and 0.0 < row["trajectories/advantage_abs"] < 1.0 for row in run.rows)

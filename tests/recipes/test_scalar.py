@@ -71,3 +71,14 @@ def test_pieces_of_an_answer_are_paid_where_they_end(reward_model: Path, tmp_pat
     for row in run.rows:
         assert row["reward/mean"] == pytest.approx(0.5 * row["reward/pieces/mean"] + 0.3 * row["reward/whole/mean"]) and row["reward/masked"] == 0.0
         assert row["learner/grad_norm"] > 0 and row["critic/grad_norm"] > 0 and row["rollouts/advantage_abs"] > 0
+
+
+def test_a_reward_is_learnt_from_given_answers_against_own_ones(tmp_path: Path) -> None:
+    """The outer step of a reward from data; its export is what an inner stage takes as reward=model."""
+    rows = [{"prompt": f"question {i % 7}", "chosen": "ab" * (2 + i % 3), "rejected": "zy" * (1 + i % 3)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ["recipe=reward_model", "loss=reward_from_data", *SMALL, f"data.train.path={tmp_path / 'pairs.jsonl'}", "steps=8", "learner.lr=1e-3", "learner.warmup_steps=1"]
+    run = train(tmp_path / "run", *words, "rollout.prompts_per_step=16")
+    assert run.rows[0]["given/tokens"] == 16.0 == run.rows[0]["own/tokens"]
+    ahead = [row["given/score"] - row["own/score"] for row in run.rows]
+    assert ahead[-1] > ahead[0] + 1.0 and (run.folder / "export").exists()

@@ -97,7 +97,8 @@ def test_labels_decide_where_there_are_no_pairs() -> None:
 def test_every_shipped_loss_is_drawn(name: str) -> None:
     for picture in pictures(composed(name), (0.3, 0.7), (1.0,)):
         assert picture.panels, picture.notes
-        assert any(y is not None for panel in picture.panels for curve in panel.curves for y in curve.y)
+        drawn = [y for panel in picture.panels for curve in panel.curves for y in curve.y if y is not None]
+        assert drawn and all(math.isfinite(y) for y in drawn)
 
 
 class Needy(advantage.Column):

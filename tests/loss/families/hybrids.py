@@ -412,6 +412,21 @@ def rltf(seqs: list[Sequence], share: float = 0.1) -> Tensor:
     return mean([s["a"][t] * s["l"][t] for s, t in tokens(seqs, "demo")]) + share * observations(seqs)
 
 
+def told_outcome(seqs: list[Sequence], feedback: float = 1.0) -> Tensor:
+    """arXiv 2305.10314: the likelihood of every answer, good or bad, and of what was said of it; the outcome stands in the context."""
+    return nll_mean(seqs) + feedback * observations(seqs)
+
+
+def trajectories(seqs: list[Sequence], negatives: bool = True, ratio: bool = False) -> Tensor:
+    """arXiv 2403.14589: the reward times the log-likelihood of every action and rationale; a rationale written afterwards has no behaviour policy."""
+    out = []
+    for s, t in [*tokens(seqs, "policy"), *tokens(seqs, "demo")]:
+        a = s["a"][t] if negatives else max(s["a"][t], 0.0)
+        old = s["old"][t]
+        out.append(a * (torch.exp(s["l"][t] - old) if ratio else s["l"][t]))
+    return mean(out)
+
+
 def turns(seqs: list[Sequence], alpha: float = 10.0, coefs: tuple[float, float] = (0.01, 0.01), first: bool = False) -> Tensor:
     """arXiv 2409.12917: REINFORCE on shaped rewards per turn, less a KL per turn and length."""
     group, out = of(seqs, "policy"), []
@@ -630,6 +645,10 @@ CASES: dict[str, Case] = {
         "kdrl", partial(kdrl, coef=1.0), partial(kdrl, coef=1.0, estimator="k3"), overrides=("regularizers.kl.coef=1.0",), advantage=NORM
     ),
     "rltf": case("rltf", rltf, partial(rltf, share=0.0), nll_mean, data=OBSERVED),
+    "leti": case("leti", told_outcome, partial(told_outcome, feedback=0.0), observations, data=OBSERVED),
+    "leti, answers alone": case("leti", nll_mean, told_outcome, overrides=("streams.feedback=null",), data=OBSERVED),
+    "dpa": case("dpa", partial(raft, coef=0.0), partial(raft, coef=0.5), partial(raft, coef=0.0, count_all=False), advantage=positive),
+    "a3t": case("a3t", trajectories, partial(trajectories, negatives=False), partial(trajectories, ratio=True), spread=0.4),
     "score": case("score", turns, partial(turns, alpha=0.0), partial(turns, coefs=(0.1, 0.01)), data=TURNS),
     "score, first stage": case(
         "score",

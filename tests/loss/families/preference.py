@@ -550,6 +550,7 @@ CASES: dict[str, Case] = {
     "mpo": case("mpo", mpo, partial(mpo, shifted=False), iterative_rpo, spread=1.0),
     "tr_dpo": case("tr_dpo", partial(dpo, beta=0.05), dpo),
     "online_dpo": case("online_dpo", partial(dpo, kind="own"), online_ipo, partial(dpo, kind="own", beta=0.2), data=OWN),
+    "per_step_negatives": case("per_step_negatives", partial(dpo, kind="own"), online_ipo, partial(dpo, kind="own", beta=0.2), data=OWN),
     "online_ipo": case("online_ipo", online_ipo, partial(online_ipo, score=mean_ratio), partial(dpo, kind="own"), data=OWN),
     "spin": case("spin", partial(dpo, kind="mixed"), partial(dpo, kind="mixed", beta=0.2), data=MIXED),
     "nash_md": Case("nash_md", nash_md, Reward(0.5), wrong=(partial(nash_md, beta=0.0), partial(nash_md, beta=-0.1)), data=only),

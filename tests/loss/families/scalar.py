@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.loss.cases import Case, Data, make
 from tests.loss.families.policy import gae
-from tests.loss.families.preference import ANSWERS, labelled, log_sigmoid, logp, only, over_pairs, sigmoid, tokens
+from tests.loss.families.preference import ANSWERS, labelled, log_sigmoid, logp, only, over_pairs, pairs, sigmoid, tokens
 from tests.loss.naive import Sequence, learnt, of, total
 
 
@@ -60,6 +60,14 @@ def value(seqs: list[Sequence], clip: float | None = 0.2, half: float = 0.5, sma
     return -total(out) / len(out)
 
 
+def contrast(seqs: list[Sequence], own: float = 1.0, averaged: bool = False) -> Tensor:
+    """The mean number of given answers less that of the policy's own."""
+    given, sampled = zip(*pairs(seqs), strict=True)
+    size = [len(tokens(s)) if averaged else 1 for s in (*given, *sampled)]
+    values = [logp(s) / n for s, n in zip((*given, *sampled), size, strict=True)]
+    return total(values[: len(given)]) / len(given) - own * total(values[len(given) :]) / len(sampled)
+
+
 @cache
 def graded(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> Data:
     """The common sequences with a label from 0 to 1 on every token, some hard and some soft."""
@@ -91,6 +99,7 @@ CASES = {
     "reward_model_pointwise, squared": Case(
         "reward_model_pointwise", partial(pointwise, squared=True), overrides=("streams.demos.advantage.f=squared",), wrong=(pointwise,), data=ANSWERS
     ),
+    "reward_from_data": Case("reward_from_data", contrast, wrong=(partial(contrast, own=0.0), partial(contrast, averaged=True), reward_model), data=only),
     "process_reward_model": Case("process_reward_model", steps, wrong=(partial(steps, squared=True),), data=graded),
     "process_reward_model, squared": Case("process_reward_model", partial(steps, squared=True), overrides=(STEPS,), wrong=(steps,), data=graded),
     "value": Case("value", value, wrong=(partial(value, clip=None), partial(value, smaller=True), partial(value, half=1.0))),
