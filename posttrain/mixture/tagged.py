@@ -62,7 +62,7 @@ class OutcomeTag:
             return replace(rollout, advantage=None)
         prompt = rollout.prompt if solved else replace(rollout.prompt, ids=self._swapped(rollout.prompt.ids, rollout.prompt.id))
         own = [replace(s, source=Source.demo, logprobs=None, version=None) if s.source == Source.policy else s for s in rollout.segments]
-        return replace(rollout, prompt=prompt, segments=(*own, *self._said(rollout)), advantage=1.0, paid=None)
+        return replace(rollout, prompt=prompt, segments=(*own, *self._said(rollout)), advantage=1.0, paid=None, routing=None)
 
     def _said(self, rollout: Rollout) -> list[Segment]:
         """The verifier's words, as text to predict."""

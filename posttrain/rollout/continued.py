@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,8 +68,8 @@ class Continued:
         places = [m.end() if "\n" in m[0] else m.start() for m in found]
         if not places:
             return []
-        reached = [len(self.decode(ids[: i + 1])) for i in range(len(ids))]
-        ends = {next((i + 1 for i, length in enumerate(reached) if length >= place), len(ids)) for place in places}
+        decode = self.decode
+        ends = {bisect_left(range(1, len(ids) + 1), place, key=lambda n: len(decode(ids[:n]))) + 1 for place in places}  # a text grows with its tokens
         return sorted(end for end in ends if end < len(ids))
 
     def num_prompts(self, info: StepInfo) -> int:

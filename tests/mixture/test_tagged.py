@@ -46,6 +46,12 @@ def test_the_swap_changes_the_context_and_nothing_else() -> None:
     assert weights[weights != 0].tolist() == pytest.approx([1 / 6] * 6), "good and bad answers weigh alike"
 
 
+def test_experts_of_another_prompt_are_not_replayed() -> None:
+    read = group(0.0)
+    read = replace(read, rollouts=tuple(replace(r, routing=torch.zeros(8, 1, 1, dtype=torch.int16)) for r in read.rollouts))
+    assert rows_of(TAG, read)[0].routing is None
+
+
 def test_what_the_verifier_said_is_learnt_behind_the_answer() -> None:
     told = replace(TAG, feedback="tests")
     (row,) = rows_of(told, group(0.0, detail="it failed"))
