@@ -335,7 +335,7 @@ def _name(kind: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-FILLED = frozenset({"old", "behaviour", "base", "teacher", "entropy"})
+FILLED = frozenset({"old", "behaviour", "base", "teacher", "entropy", "collision"})
 """The per-token columns that a run fills, by itself or from its models."""
 
 

@@ -97,6 +97,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/{term}/masked | mean | tokens | share | tokens a mask removes (clip: outside the trust region on the wrong side)
         {stream}/{term}/factor | mean | tokens | factor | mean factor of a mask
         {stream}/{term}/clamped | mean | tokens | share | tokens whose log-ratio was clamped before a KL estimate
+        {stream}/alone | mean | tokens | share | tokens at places that no other answer of their group reaches, where a baseline is taken place by place
         {stream}/reward_kl | mean | answers | nats | estimated KL of a whole answer, where it is part of the reward
         {stream}/log_ratio | mean | tokens | nats | log-ratio of two policies that serves as the advantage (teacher over policy: minus the KL)
         {stream}/log_ratio_clamped | mean | tokens | share | tokens whose log-ratio was clamped before it became an advantage

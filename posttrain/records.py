@@ -274,7 +274,8 @@ class TokenBatch:
     ``advantage``    float N    the advantage column; above 0 raises the probability
     ``weight``       float N    a non-negative factor on the token's weight (and in ``weight_sum`` denominators)
     ``version``      int64 N    weights version that sampled the token, -1 for given tokens
-    ``logps``        name -> N  ``behaviour`` (engine), ``old`` (learner's snapshot), ``base``, ``teacher``, ``ema``, ``current``; NaN where absent
+    ``logps``        name -> N  ``behaviour`` (engine), ``old`` (learner's snapshot), ``base``, ``teacher``, ``ema``, ``current``; NaN where absent.  Beside them
+                                what is no policy's: ``value``, ``entropy``, ``collision`` (log of the chance that two draws agree)
     ``group``        int64 S    group code, -1 without one; codes are unique over the optimizer step
     ``pair``         int64 S    pair code, -1 without one;  ``side`` is +1 chosen, -1 rejected, 0 neither
     ``rewards``      name -> S  reward vector

@@ -27,6 +27,9 @@ from posttrain.metrics import Accumulator
 from posttrain.mixture.control import LookAhead, recall, steer
 from posttrain.records import NO_EXPERT, Demo, TokenBatch
 
+OWN = frozenset({"entropy", "collision"})
+"""Columns that say how certain the current policy is, filled before every optimizer step."""
+
 
 def scatter(step: Step, values: Sequence[Tensor], absent: float = math.nan) -> Tensor:
     """Per-micro-batch columns, in the order of ``step.parts()``, back on the whole batch, ``[N, ...]``.  Empty micro-batches are skipped."""
@@ -133,9 +136,9 @@ class Learn:
             whole = one.whole.replace(totals=self.objective.totals(one.whole), memory=self.objective.memory_for_parts(self.memory))
             overall: dict[str, Any] = {}
             weights, current = None, None
-            if "entropy" in needs.references:
-                current, entropy = await self._certainty(one, whole)
-                whole = whole.with_logps(entropy=entropy)
+            if wanted := sorted(OWN & needs.references):
+                current, own = await self._certainty(one, whole, wanted)
+                whole = whole.with_logps(**own)
             if needs.keep_whole and (one.cut or needs.coupling == "batch"):
                 current = await self._score(one, whole, "current") if current is None else current
                 full = whole.replace(memory=self.memory, fresh=whole.fresh and "old" not in whole.logps)
@@ -222,10 +225,10 @@ class Learn:
                 whole = whole.with_logps(old=await self._score(one, whole, "current"))
         return replace(one, whole=whole)
 
-    async def _certainty(self, one: Step, whole: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the current policy, each ``[N]``."""
-        results = await self.learner.score(one.micro_batches(whole), "current", entropy=True)
-        return scatter(one, [r["logp"] for r in results]), scatter(one, [r["entropy"] for r in results])
+    async def _certainty(self, one: Step, whole: TokenBatch, wanted: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probs and the columns ``wanted`` of the current policy, each ``[N]``."""
+        results = await self.learner.score(one.micro_batches(whole), "current", **dict.fromkeys(wanted, True))
+        return scatter(one, [r["logp"] for r in results]), {name: scatter(one, [r[name] for r in results]) for name in wanted}
 
     async def _score(self, one: Step, whole: TokenBatch, policy: str) -> Tensor:
         results = await self.learner.score(one.micro_batches(whole), policy)

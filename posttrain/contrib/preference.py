@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,27 +21,46 @@ from posttrain.mixture.schedule import Scalar
 class PairProbability:
     """Weigh a pair by how likely the policy finds its two answers: pairs it could have sampled itself count, foreign ones hardly do.
 
-    Equation: ``(pbar(chosen) * pbar(rejected))**power`` with ``pbar = exp(mean of log pi over the answer's tokens)``.
-    Source: WPO, arXiv 2406.11827, without its optional alignment to sampled tokens, which needs ``log sum_v p_v**2`` over the whole vocabulary.
+    Equation: ``min(limit, (pbar(chosen) * pbar(rejected))**power)`` with ``pbar = exp(mean of log pi over the answer's tokens)``; aligned to ``sampled`` tokens, the
+    mean of ``log pi - log sum_v pi_v**2``.
+    Source: WPO, arXiv 2406.11827; its release aligns and has ``limit`` 1.
 
-    ``power``: 1 as published; 0 weighs all pairs alike.
+    ``power``: 1 as published; 0 weighs all pairs alike.  ``alignment``: ``none``, or ``sampled``: a token counts against the expected probability of one that the
+    policy samples, so its own pairs weigh about alike, whatever their entropy.  ``limit``: the largest weight, null for none; unaligned weights are at most 1.
 
-    Wrong when: the pairs were sampled by the policy itself: the weights then only prefer answers of low entropy.
+    Wrong when: ``alignment=none`` and the pairs were sampled by the policy itself: the weights then only prefer answers of low entropy.  Aligned and without a
+    limit, an answer of the most probable tokens of flat distributions weighs up to the size of the vocabulary.
     """
 
     power: Scalar = 1.0
+    alignment: Literal["none", "sampled"] = "none"
+    limit: float | None = None
     coupling = "group"
     live = True
 
+    def __post_init__(self) -> None:
+        if self.alignment not in ("none", "sampled"):
+            raise ValueError(f"PairProbability: alignment={self.alignment!r} does not exist; choose none or sampled")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"PairProbability: limit={self.limit} must be above 0, or null for none")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset() if self.alignment == "none" else frozenset({"collision"})
+
     @property
     def formula(self) -> str:
-        return f"(pbar(chosen) pbar(rejected))^{number(self.power)}"
+        weight = f"(pbar(chosen) pbar(rejected))^{number(self.power)}"
+        aligned = "" if self.alignment == "none" else " [pbar = exp(mean log(pi / sum_v pi_v^2))]"
+        return (weight if self.limit is None else f"min({self.limit:g}, {weight})") + aligned
 
     def log_factor(self, view: TokenView, advantage: Tensor) -> Tensor:
         require_pairs(view, "PairProbability")
-        mean = sequence_score(view, "logp_mean", "")
-        both = pair_difference(view, mean * view.batch.side)  # signed twice: the sum of the sides
-        return view.spread(torch.where(view.in_pair, view.at(self.power) * both, torch.zeros_like(both)))
+        each = view.logp if self.alignment == "none" else view.logp - view.reference("collision")
+        both = pair_difference(view, view.seq_mean(view.select(each)) * view.batch.side)  # signed twice: the sum of the sides
+        weight = view.at(self.power) * both
+        weight = weight if self.limit is None else weight.clamp(max=math.log(self.limit))
+        return view.spread(torch.where(view.in_pair, weight, torch.zeros_like(both)))
 
 
 @dataclass(frozen=True)

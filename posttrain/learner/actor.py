@@ -120,9 +120,9 @@ class LearnerActor:
         store = self._store or dist.TCPStore(host, port, self.world_size, is_master=False, timeout=wait)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait)
 
-    def score(self, micro: list[TokenBatch], policy: str, entropy: bool, routing: bool = False) -> list[dict[str, Tensor]]:
+    def score(self, micro: list[TokenBatch], policy: str, entropy: bool, routing: bool = False, collision: bool = False) -> list[dict[str, Tensor]]:
         self._now(f"scoring {policy}")
-        found = [self.engine.score(batch, policy, entropy, routing) for batch in micro]
+        found = [self.engine.score(batch, policy, entropy, routing, collision) for batch in micro]
         self._now("idle")
         return found
 
@@ -260,10 +260,12 @@ class LearnerGroup:
         self.actors = []
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
-    async def score(self, micro: Sequence[TokenBatch], policy: str = "current", entropy: bool = False, routing: bool = False) -> list[dict[str, Tensor]]:
+    async def score(
+        self, micro: Sequence[TokenBatch], policy: str = "current", entropy: bool = False, routing: bool = False, collision: bool = False
+    ) -> list[dict[str, Tensor]]:
         """``{"logp": [N], ...}`` per micro-batch, in the order given."""
         plan, padded = self._deal(micro)
-        calls = [a.score.remote([padded[i] for i in part], policy, entropy, routing) for a, part in zip(self.actors, plan, strict=True)]
+        calls = [a.score.remote([padded[i] for i in part], policy, entropy, routing, collision) for a, part in zip(self.actors, plan, strict=True)]
         answers = await self._gather(f"scoring {policy}", calls)
         found = {i: answer for part, results in zip(plan, answers, strict=True) for i, answer in zip(part, results, strict=True)}
         return [found[i] for i in range(len(micro))]

@@ -129,8 +129,9 @@ class Core:
         return PolicyModule(load_model(cfg, seed=self._seed, train=False).to(self.device), self.module.chunk).eval()
 
     @torch.no_grad()
-    def score(self, caller: Any, batch: TokenBatch, policy: str, entropy: bool, routing: bool = False) -> dict[str, Tensor]:
-        """``logp`` and, when asked, ``entropy`` of every column, ``[N]`` on the CPU, at the objective's temperature, and the ``routing`` ``[N, L, K]`` that was used.
+    def score(self, caller: Any, batch: TokenBatch, policy: str, entropy: bool, routing: bool = False, collision: bool = False) -> dict[str, Tensor]:
+        """``logp`` and, when asked, ``entropy`` and ``collision`` (``log sum_v p_v**2``) of every column, ``[N]`` on the CPU, at the objective's temperature, and the
+        ``routing`` ``[N, L, K]`` that was used.
 
         An empty batch gives empty columns but still runs a forward, because other ranks may wait for this one.
         """
@@ -149,7 +150,7 @@ class Core:
                 target,
                 padded.to(self.device),
                 temperature=self.objective.needs.temperature,
-                columns=("entropy",) if entropy else (),
+                columns=[name for name, asked in (("entropy", entropy), ("collision", collision)) if asked],
                 only_trainable=False,
                 adapter=adapter,
                 routed=policy == "current",

@@ -121,9 +121,9 @@ class DeepSpeedEngine:
                 grad.mul_(limit / (self._stage0_norm + 1e-6))
 
     # -- the four verbs ------------------------------------------------------------------------------------------------
-    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False, routing: bool = False) -> dict[str, Tensor]:
-        """``{"logp": [N], "entropy": [N] and "routing": [N, L, K] when asked}`` on the CPU, without gradient.  All ranks must call it under ZeRO-3."""
-        return self.core.score(self.ds, batch, policy, entropy, routing)
+    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False, routing: bool = False, collision: bool = False) -> dict[str, Tensor]:
+        """``{"logp": [N], "entropy": [N], "collision": [N] and "routing": [N, L, K] when asked}`` on the CPU, without gradient.  All ranks must call it under ZeRO-3."""
+        return self.core.score(self.ds, batch, policy, entropy, routing, collision)
 
     def forward_backward(self, batch: TokenBatch, weights: Tensor | None = None, last: bool = False) -> Metrics:
         """Add one micro-batch's gradient to the step.  All ranks must call it equally often; an empty batch still runs backward."""

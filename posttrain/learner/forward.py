@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from posttrain_kernels import linear_argmax, linear_jsd, linear_kl, linear_logprob, linear_stored_kl
+from posttrain_kernels import linear_argmax, linear_collision, linear_jsd, linear_kl, linear_logprob, linear_stored_kl
 from torch import Tensor, nn
 
 from posttrain.learner import attention
@@ -20,7 +20,7 @@ from posttrain.learner.model import is_lora, plain
 from posttrain.learner.routing import Routers
 from posttrain.records import TokenBatch
 
-ALONE = ("entropy", "logp_greedy", "logsumexp")
+ALONE = ("entropy", "logp_greedy", "logsumexp", "collision")
 KINDS = (*ALONE, "kl_reverse", "kl_forward", "jsd")
 FROZEN = ("base", "teacher")
 STORED = "stored"
@@ -29,8 +29,8 @@ Frozen = tuple[Tensor, Tensor, Tensor | None]
 
 
 def parse_column(name: str) -> tuple[str, str | None, float]:
-    """(kind, frozen model, beta) of ``entropy``, ``logp_greedy`` (of the most probable token), ``logsumexp`` (of the logits), ``kl_reverse:base``, ``kl_forward:teacher``,
-    ``jsd_0.5:teacher``, ``kl_forward:stored`` (what the batch itself holds of a teacher), ...
+    """(kind, frozen model, beta) of ``entropy``, ``logp_greedy`` (of the most probable token), ``logsumexp`` (of the logits), ``collision`` (``log sum_v p_v**2``: two draws
+    agree), ``kl_reverse:base``, ``kl_forward:teacher``, ``jsd_0.5:teacher``, ``kl_forward:stored`` (what the batch itself holds of a teacher), ...
 
     Raises ``ValueError`` for any other name.
     """
@@ -63,6 +63,8 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
         if "logsumexp" in columns:  # the target's own logit less its log-probability
             logit = (hidden.to(logp.dtype) * weight[targets].to(logp.dtype)).sum(-1) + (0.0 if bias is None else bias[targets].to(logp.dtype))
             found["logsumexp"] = logit / temperature - logp
+        if "collision" in columns:
+            found["collision"] = linear_collision(hidden, weight, temperature=temperature, chunk=chunk, bias=bias)
         for name in columns:
             kind, to, beta = parse_column(name)
             if to is None or name in found:

@@ -57,9 +57,9 @@ class TorchEngine:
         return ((name, self.master[p]) for name, p in self.named)
 
     # -- the four verbs ------------------------------------------------------------------------------------------------
-    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False, routing: bool = False) -> dict[str, Tensor]:
-        """``{"logp": [N], "entropy": [N] and "routing": [N, L, K] when asked}`` on the CPU, without gradient.  ``base`` is the frozen start."""
-        return self.core.score(self.module, batch, policy, entropy, routing)
+    def score(self, batch: TokenBatch, policy: str = "current", entropy: bool = False, routing: bool = False, collision: bool = False) -> dict[str, Tensor]:
+        """``{"logp": [N], "entropy": [N], "collision": [N] and "routing": [N, L, K] when asked}`` on the CPU, without gradient.  ``base`` is the frozen start."""
+        return self.core.score(self.module, batch, policy, entropy, routing, collision)
 
     def forward_backward(self, batch: TokenBatch, weights: Tensor | None = None, last: bool = False) -> Metrics:
         """Add one micro-batch's gradient to the step.  ``last`` is for engines that communicate early; this one does not."""

@@ -149,6 +149,20 @@ class TokenView:
             reach, step = reach * further, 2 * step
         return out
 
+    def running(self, values: Tensor) -> Tensor:
+        """Sum over this and the earlier of the stream's tokens in the sequence, ``[N]``; tokens of other sources add nothing and get the sum so far.
+
+        Sums of numbers that are not negative never fall, and are exactly 0 up to the first that is not: nothing is ever subtracted.
+        """
+        out, index = self.select(values), torch.arange(len(self.logp), device=self.logp.device)
+        place = index - self.batch.cu_seqlens[self.batch.seq]
+        step, longest = 1, int(self.batch.lengths.max()) if self.num_sequences else 0
+        while step < longest:
+            behind = torch.nn.functional.pad(out, (step, 0))[: len(out)]
+            out = out + torch.where(place >= step, behind, torch.zeros_like(out))
+            step *= 2
+        return out
+
     def following(self, values: Tensor) -> Tensor:
         """``values`` at the next of the stream's tokens in the sequence, tokens of other sources passed over; 0 behind the last, ``[N]``."""
         carried, ends = self.discounted(values, 0.0), self.batch.cu_seqlens[1:] - 1

@@ -19,6 +19,7 @@ COLUMN_NOTES = {
     "behaviour": "the engine's log-probs as sampled (free: they come with the rollouts)",
     "base": "a frozen copy of the start, scored once per batch (with LoRA: the adapter switched off)",
     "teacher": "a teacher model, scored once per batch",
+    "collision": "log sum_v p_v^2 of the policy itself over the whole vocabulary, without gradient, scored before each optimizer step",
 }
 
 

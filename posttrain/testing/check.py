@@ -42,7 +42,7 @@ def example_batch(
 ) -> TokenBatch:
     """Nine ragged sequences with everything a term may read: groups of 4, 2 and 2, a preference pair inside each two, tool tokens in the
     middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, the rewards reward and label (0 to 1), and the columns
-    current, old, behaviour, base, teacher and entropy.
+    current, old, behaviour, base, teacher, value, entropy and collision.
 
     ``spread`` is the standard deviation of the log-ratios.  For every one of ``contexts`` three more sequences are scored under it.
     """
@@ -58,6 +58,8 @@ def example_batch(
         sampled = [s == "policy" for s in sources]
         columns = {n: [c + rng.gauss(0.0, spread) if on else math.nan for c, on in zip(current, sampled, strict=True)] for n in COLUMNS}
         columns |= {n: [more.random() if on else math.nan for on in sampled] for n in ("entropy", "value")}
+        # between all that is left on one other token and nothing of it on any
+        columns["collision"] = [math.log(math.exp(2 * c) + 0.3 * (1 - math.exp(c)) ** 2) if on else math.nan for c, on in zip(current, sampled, strict=True)]
         rows.append(
             Row(
                 ids=[rng.randrange(11) for _ in range(length)],

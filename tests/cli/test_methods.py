@@ -25,7 +25,7 @@ def test_explain_says_where_a_loss_comes_from(posttrain: Posttrain) -> None:
         "Unit: DFT, arXiv",
     ):
         assert words in sources
-    assert "releases: no difference is noted" in posttrain("explain", "loss=wpo").out
+    assert "releases: no difference is noted" in posttrain("explain", "loss=opo").out
 
 
 def test_explain_draws_plain_letters_where_there_is_no_terminal(posttrain: Posttrain) -> None:

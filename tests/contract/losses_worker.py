@@ -19,6 +19,7 @@ from posttrain.config import LearnerConfig, ModelConfig
 from posttrain.learner.lookahead import look_ahead
 from posttrain.loss import Objective, load
 from posttrain.records import TokenBatch
+from posttrain.update import OWN
 
 STAGES = (0, 1, 2, 3)
 NOISE = 0.05
@@ -83,10 +84,10 @@ def deal(num_sequences: int, name: str, stage: int, world_size: int) -> list[lis
     return [*(order[a:b] for a, b in zip([0, *edges], [*edges, num_sequences], strict=True)), []]
 
 
-def scores(engine: Any, batch: TokenBatch, parts: list[list[int]], entropy: bool = False) -> dict[str, Tensor]:
-    out = {name: torch.full((batch.num_tokens,), torch.nan) for name in ("logp", *(["entropy"] if entropy else []))}
+def scores(engine: Any, batch: TokenBatch, parts: list[list[int]], *wanted: str) -> dict[str, Tensor]:
+    out = {name: torch.full((batch.num_tokens,), torch.nan) for name in ("logp", *wanted)}
     for part in parts:
-        found = engine.score(batch.take(part), "current", entropy)
+        found = engine.score(batch.take(part), "current", **dict.fromkeys(wanted, True))
         for name, column in out.items():
             if part:
                 column[batch.columns_of(part)] = found[name]
@@ -97,8 +98,9 @@ def learn(engine: Any, objective: Objective, batch: TokenBatch, parts: list[list
     """One optimizer step over ``parts``: totals of the whole, two passes where coupled sets are cut.  Returns the gradient."""
     engine.core.objective = objective
     whole = batch.replace(totals=objective.totals(batch))
-    if "entropy" in objective.needs.references:
-        whole = whole.with_logps(entropy=scores(engine, whole, parts, entropy=True)["entropy"])
+    if wanted := sorted(OWN & objective.needs.references):
+        found = scores(engine, whole, parts, *wanted)
+        whole = whole.with_logps(**{name: found[name] for name in wanted})
     weights = None
     if objective.needs.keep_whole and len(parts) > 1:
         weights = objective.weights(whole, scores(engine, whole, parts)["logp"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from posttrain import contrib
+from posttrain.contrib.baseline import TokenBaseline
 from posttrain.contrib.classification import GroupClassification
 from posttrain.contrib.constrained import DriftDiscounted
 from posttrain.contrib.contrast import MatrixContrast
@@ -32,7 +33,7 @@ from posttrain.contrib.process import ImplicitProcessReward
 from posttrain.contrib.soft_q import TemporalDifference
 from posttrain.contrib.supervised import LossSoftmax, MarginalShare, OwnLabel, RatioSlope, SuffixLoss
 from posttrain.loss import aggregate, mask
-from posttrain.loss.advantage import Column, One, Pairwise
+from posttrain.loss.advantage import Column, ColumnMinusKL, One, Pairwise
 from posttrain.mixture.schedule import Linear
 from posttrain.testing.check import check_term
 
@@ -46,6 +47,11 @@ TERMS = {
 }
 # Settings from which every field of a class can be seen to act, and values for fields that cannot be guessed from their type.
 VARIANTS: dict[str, list[Any]] = {
+    "baseline.TokenBaseline": [
+        TokenBaseline(alone="zero"),
+        TokenBaseline(ColumnMinusKL(Linear(0.0, 1.0), over="behaviour")),
+        TokenBaseline(ColumnMinusKL(over="self", credit="sequence"), "zero"),
+    ],
     "classification.GroupClassification": [GroupClassification("base", 2.0)],
     "contrast.MatrixContrast": [MatrixContrast("label", "reward", "label", "logp_mean"), MatrixContrast("reward", "label", "label")],
     "soft_q.TemporalDifference": [TemporalDifference(Linear(0.5, 1.0), 0.5)],
@@ -57,7 +63,7 @@ VARIANTS: dict[str, list[Any]] = {
     "covariance.CovariancePenalty": [CovariancePenalty(0.5, 0.2, "behaviour"), CovariancePenalty(0.5, Linear(0.5, 1.0))],
     "future.FutureRatio": [FutureRatio(2.0, 0.5, 3.0, 1.1, 1.05), FutureRatio(1.0, 0.8, Linear(1.0, 1.5), to="behaviour")],
     "preference.PairFactor": [PairFactor("label", 0.0)],
-    "preference.PairProbability": [PairProbability(0.0), PairProbability(Linear(0.0, 2.0))],
+    "preference.PairProbability": [PairProbability(0.0), PairProbability(Linear(0.0, 2.0)), PairProbability(alignment="sampled"), PairProbability(0.5, "sampled", 0.2)],
     "preference.SharedLength": [SharedLength(0.0), SharedLength(1.0, "old", 0.3)],
     "preference.SortedMargins": [SortedMargins("sides", beta=0.5)],
     "preference.LogisticExponential": [LogisticExponential(1.0, "teacher", Linear(0.05, 0.2))],
@@ -80,6 +86,8 @@ VARIANTS: dict[str, list[Any]] = {
     "process.ImplicitProcessReward": [ImplicitProcessReward("old", "behaviour", 0.3, Linear(1.0, 0.0), 0.0)],
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
+    "baseline.TokenBaseline": {"inner": [ColumnMinusKL()]},
+    "preference.PairProbability": {"limit": [0.1, 0.3]},
     "contrast.MatrixContrast": {"rows": ["reward"], "columns": ["label"], "right": ["label"], "score": ["logp_mean"]},
     "soft_q.TemporalDifference": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()], "gamma": [0.5]},
     "constrained.DriftDiscounted": {"most": [0.5], "of": ["label"], "to": ["old"], "limit": [1.0, 3.0]},

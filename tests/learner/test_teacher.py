@@ -19,7 +19,7 @@ from posttrain.learner.torch_engine import TorchEngine
 from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, reference, regularizer
 from posttrain.records import Demo, Prompt, Row, Segment, Source, TokenBatch
 from posttrain.testing.tiny import ALPHABET, create_tiny_model, create_tokenizer
-from posttrain.update import Learn
+from posttrain.update import OWN, Learn
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2, "intermediate_size": 96}
 
@@ -72,7 +72,7 @@ def test_scores_are_the_teachers_own(tiny: str, teacher: str, batch: TokenBatch,
 
 def test_columns_compare_with_base_and_teacher_in_one_forward(tiny: str, teacher: str, batch: TokenBatch) -> None:
     one = engine(tiny, teacher, objective())
-    names = ["kl_reverse:teacher", "kl_forward:teacher", "jsd_0.3:teacher", "kl_forward:base", "entropy", "jsd_0.5:base", "logp_greedy", "logsumexp"]
+    names = ["kl_reverse:teacher", "kl_forward:teacher", "jsd_0.3:teacher", "kl_forward:base", "entropy", "jsd_0.5:base", "logp_greedy", "logsumexp", "collision"]
     _, found = forward(one.module, batch, columns=names, only_trainable=False, base_model=one.core.base, teacher_model=one.core.teacher)
     p, q = rows_of(tiny, batch), rows_of(teacher, batch)
     m = torch.log(0.3 * q.exp() + 0.7 * p.exp())
@@ -84,6 +84,7 @@ def test_columns_compare_with_base_and_teacher_in_one_forward(tiny: str, teacher
         "entropy": -(p.exp() * p).sum(1),
         "logp_greedy": p.max(1).values,
         "logsumexp": rows_of(tiny, batch, logits=True).logsumexp(1),
+        "collision": (p.exp() ** 2).sum(1).log(),
         "jsd_0.5:base": torch.zeros(batch.num_tokens, dtype=torch.float64),
     }
     assert set(found) == set(names)
@@ -156,8 +157,8 @@ class InProcess:
     def __init__(self, one: TorchEngine) -> None:
         self.one, self.batches = one, []
 
-    async def score(self, micro: list[TokenBatch], policy: str = "current", entropy: bool = False) -> list[dict[str, torch.Tensor]]:
-        return [self.one.score(b, policy, entropy) for b in micro]
+    async def score(self, micro: list[TokenBatch], policy: str = "current", **wanted: bool) -> list[dict[str, torch.Tensor]]:
+        return [self.one.score(b, policy, **wanted) for b in micro]
 
     async def step(self, micro: list[TokenBatch], weights: Any) -> StepReport:
         self.batches += micro
@@ -179,22 +180,29 @@ def test_the_columns_an_objective_needs_are_filled(tiny: str, teacher: str) -> N
 
 
 class Certain:
-    """A mask that reads the current policy's entropy."""
+    """A mask that reads how certain the current policy is."""
 
-    needs = frozenset({"entropy"})
     live = True
 
+    def __init__(self, *names: str) -> None:
+        self.needs = frozenset(names)
+
     def factor(self, view: Any, advantage: torch.Tensor) -> torch.Tensor:
-        return torch.exp(-view.reference("entropy"))
+        return torch.exp(-sum((view.reference(name).abs() for name in sorted(self.needs)), torch.zeros(())))
 
 
-def test_the_entropy_column_is_that_of_the_policy_before_each_step(tiny: str) -> None:
-    stream = Stream(("demo",), likelihood.Token(), reference.Current(), advantage.One(), aggregate.TokenMean(), {"certain": Certain()})
+@pytest.mark.parametrize("names", [("entropy",), ("collision",), ("entropy", "collision")])
+def test_what_a_loss_reads_of_the_whole_vocabulary_is_that_of_the_policy_before_each_step(tiny: str, names: tuple[str, ...]) -> None:
+    stream = Stream(("demo",), likelihood.Token(), reference.Current(), advantage.One(), aggregate.TokenMean(), {"certain": Certain(*names)})
     goal = Objective({"demos": stream})
     learner = InProcess(engine(tiny, None, goal))
     items = [Demo(name, (Segment((5, 6), Source.prompt), Segment((7, n), Source.demo))) for n, name in ((8, "a"), (9, "b"))]
-    before = [learner.one.score(TokenBatch.from_sequences([Row(ids=[5, 6, 7, n])]), entropy=True)["entropy"] for n in (8, 9)]
+    first = TokenBatch.from_sequences([Row(ids=[5, 6, 7, 8])])
+    before = learner.one.score(first, **dict.fromkeys(names, True))
+    assert set(before) == {"logp", *names}
     asyncio.run(Learn(goal, Packer(64, updates_per_batch=2), learner).learn(0, items, 0.0))
     assert len(learner.batches) == 2
-    gaps = [float((b.logps["entropy"] - before[0]).abs().max()) for b in learner.batches]
-    assert gaps[0] < 1e-6 < gaps[1], "the second update must see the entropy after the first"
+    assert all(OWN & set(b.logps) == set(names) for b in learner.batches), "nothing is computed that is not read"
+    for name in names:
+        gaps = [float((b.logps[name] - before[name]).abs().max()) for b in learner.batches]
+        assert gaps[0] < 1e-6 < gaps[1], f"the second update must see the {name} after the first"

@@ -122,6 +122,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
             logp = [math.nan, *(float(row[i]) for row, i in zip(rows_alone, s["ids"][1:], strict=True))]
             s["value"] = [guess.random() for _ in range(length)]
             s["entropy"] = [math.nan, *(-(rows_alone.exp() * rows_alone).sum(1)).tolist()]
+            s["collision"] = [math.nan, *torch.log((rows_alone.exp() ** 2).sum(1)).tolist()]
         for name in POLICIES:
             given = name == "base" or "policy" in s["sources"]
             s[name] = [
@@ -132,7 +133,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
                 ids=s["ids"],
                 sources=s["sources"],
                 trainable=s["trainable"],
-                logps={n: s[n] for n in (*POLICIES, "entropy", "value")},
+                logps={n: s[n] for n in (*POLICIES, "entropy", "collision", "value")},
                 advantage=values.get(i, s["a"]),
                 group=s.get("question"),
                 pair=s.get("pair"),

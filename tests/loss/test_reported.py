@@ -14,9 +14,9 @@ from tests.loss.cases import CASES, Data, composed
 LOSSES = ("preference_loss", "value_loss")
 PER_PAIR = {"bco_pair": 2.0, "sppo": 2.0, "apo_zero": 2.0}
 """Losses of labelled answers are reported per answer, and published per pair."""
-OTHERWISE = {"wpo", "ddpo", "reward_model_pointwise", "reward_model_pointwise, squared"}
+OTHERWISE = {"wpo", "wpo, aligned", "wpo, aligned, without a limit", "ddpo", "reward_model_pointwise", "reward_model_pointwise, squared"}
 """Reported without the weights of pairs, or per column where all of an answer's columns are read here."""
-TOKENWISE = {"sft", "reinforce", "rloo", "remax", "opo", "maxrl", "gpg", "openchat", "weak_to_strong", "osft", "topr", "a_lol", "vespo"}
+TOKENWISE = {"sft", "reinforce", "rloo", "remax", "opo", "otb", "maxrl", "gpg", "openchat", "weak_to_strong", "osft", "topr", "a_lol", "vespo"}
 
 
 def alone(objective: Objective) -> bool:

@@ -57,6 +57,37 @@ def likelihood(seqs: Seqs, advantage: A, mean: str = "answer") -> Tensor:
     return total([advantage(seqs, s) * s["l"][t] for s, t in tokens_of(seqs)]) / share
 
 
+def token_baseline(
+    seqs: Seqs, alone: str = "own", coef: float = 0.0, running: bool = True, squares: bool = True, ended: bool = False
+) -> Tensor:
+    """arXiv 2602.07078: at every place the mean of the returns of the answers that get there, weighed by what they have gathered.  Wrong versions: the weight of the
+    token by itself, without the squares of the other tokens, and answers that have ended counted on."""
+
+    def returns(s: Sequence) -> list[float]:
+        """The reward, less the KL of this token and the later ones."""
+        kl = [s["old"][t] - s["base"][t] for t in learnt(s, "policy")]
+        return [s["reward"] - coef * sum(kl[n:]) for n in range(len(kl))]
+
+    def gathered(s: Sequence) -> list[float]:
+        out: list[float] = []
+        for t in learnt(s, "policy"):
+            row = s["rows"][t].detach()
+            here = float(1 - 2 * row[s["ids"][t]].exp() + (row.exp() ** 2).sum() * squares)
+            out.append(here + (out[-1] if out and running else 0.0))
+        return out
+
+    out = []
+    for s in of(seqs, "policy"):
+        group = [o for o in of(seqs, "policy") if o["question"] == s["question"] and learnt(o, "policy")]
+        for n, t in enumerate(learnt(s, "policy")):
+            there = [(gathered(o)[min(n, len(gathered(o)) - 1)], returns(o)[min(n, len(returns(o)) - 1)]) for o in group if ended or n < len(gathered(o))]
+            baseline = sum(w * g for w, g in there) / sum(w for w, _ in there)
+            if alone == "zero" and len(there) == 1:
+                baseline = 0.0
+            out.append((returns(s)[n] - baseline) * s["l"][t])
+    return total(out) / len(tokens_of(seqs))
+
+
 # -- baselines ---------------------------------------------------------------------------------------------------------------------
 GREEDY = {"q1": 0.5, "q2": 0.0, "q3": 1.0}
 
@@ -471,6 +502,30 @@ CASES: dict[str, Case] = {
         lambda s: likelihood(s, advantage_length_weighted),
         GroupAdvantage("length_weighted", "none"),
         wrong=(lambda s: likelihood(s, advantage_center),),
+    ),
+    "otb": Case(
+        "otb",
+        token_baseline,
+        REWARD,
+        wrong=(
+            naive.reinforce,
+            lambda s: likelihood(s, advantage_center, "token"),
+            lambda s: likelihood(s, advantage_length_weighted, "token"),
+            lambda s: token_baseline(s, running=False),
+            lambda s: token_baseline(s, squares=False),
+            lambda s: token_baseline(s, alone="zero"),
+            lambda s: token_baseline(s, ended=True),
+        ),
+    ),
+    "otb, no baseline for one answer alone": Case(
+        "otb", lambda s: token_baseline(s, alone="zero"), REWARD, ("streams.rollouts.advantage.alone=zero",), (token_baseline,)
+    ),
+    "otb, returns with a KL": Case(
+        "otb",
+        lambda s: token_baseline(s, coef=0.05),
+        REWARD,
+        ("streams.rollouts.advantage.inner={_target_: posttrain.loss.advantage.ColumnMinusKL, coef: 0.05}",),
+        (token_baseline, lambda s: token_baseline(s, coef=-0.05)),
     ),
     "bnpo": Case(
         "bnpo",

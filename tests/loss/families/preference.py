@@ -63,6 +63,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
         s["trainable"] = [on and (rng.random() > 0.15 or t == length - 1) for t, on in enumerate(answer)]
         with torch.no_grad():
             logp = [math.nan, *model.alone(s["ids"]).tolist()]
+            s["collision"] = [math.nan, *torch.log((model.rows_alone(s["ids"]).exp() ** 2).sum(1)).tolist()]
         # log-ratios on both sides of 0, of different mean: KL estimates above 0, answers above and below the base
         s["base"] = [math.nan, *(x - rng.gauss(0.1, 2 * spread) for x in logp[1:])]
         for name in ("old", "behaviour", "teacher"):
@@ -72,7 +73,7 @@ def make(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> 
                 ids=s["ids"],
                 sources=s["sources"],
                 trainable=s["trainable"],
-                logps={name: s[name] for name in ("base", "old", "behaviour", "teacher")},
+                logps={name: s[name] for name in ("base", "old", "behaviour", "teacher", "collision")},
                 advantage=values.get(i, 1.0),
                 group=s.get("question"),
                 pair=s.get("pair"),
@@ -388,6 +389,21 @@ def wpo(seqs: list[Sequence], one_sided: bool = False) -> Tensor:
     return over_pairs(seqs, loss)
 
 
+def wpo_aligned(seqs: list[Sequence], limit: float = 1.0, alignment: str = "sampled") -> Tensor:
+    """As released: a token against ``log sum_v p_v^2``, the weight of a pair cut at 1, both constants; ``greedy`` takes the likeliest token in its place."""
+
+    def mean_aligned(s: Sequence) -> Tensor:
+        rows = {t: s["rows"][t] for t in tokens(s)}
+        against = {t: torch.log((row.exp() ** 2).sum()) if alignment == "sampled" else row.max() for t, row in rows.items()}
+        return total([s["l"][t] - against[t] for t in tokens(s)]) / len(tokens(s))
+
+    def loss(w: Sequence, r: Sequence) -> Tensor:
+        weight = torch.exp(mean_aligned(w) + mean_aligned(r)).clamp(max=limit).detach()
+        return -weight * log_sigmoid(0.1 * (ratio(w) - ratio(r)))
+
+    return over_pairs(seqs, loss)
+
+
 def wpo_with_live_weight(seqs: list[Sequence]) -> Tensor:
     return over_pairs(seqs, lambda w, r: -torch.exp(mean_logp(w) + mean_logp(r)) * log_sigmoid(0.1 * (ratio(w) - ratio(r))))
 
@@ -500,6 +516,8 @@ def only(seed: int, advantage: Callable | None = None, spread: float = 0.25, *, 
 
 OWN, MIXED, ANSWERS, SCORED, GOLD = (partial(only, kind=kind) for kind in ("own", "mixed", "labelled", "lists", "gold"))
 PAIRS, LABELLED, LISTS = "streams.pairs.advantage", "streams.labelled.advantage", "streams.lists.advantage"
+WEIGHT = "streams.pairs.masks.probability"
+ALIGNED = f"{WEIGHT}.alignment=sampled"
 
 
 def case(loss: str, objective: naive.Objective, *wrong: naive.Objective, overrides: tuple[str, ...] = (), **more: object) -> Case:
@@ -570,6 +588,18 @@ CASES: dict[str, Case] = {
         "f_dpo", partial(f_dpo, derivative=alpha_divergence), dpo, overrides=(f"{PAIRS}.alpha=0.5",), spread=0.5
     ),
     "wpo": case("wpo", wpo, dpo, wpo_with_live_weight, partial(wpo, one_sided=True)),
+    "wpo, aligned": case(
+        "wpo",
+        wpo_aligned,
+        wpo,
+        dpo,
+        partial(wpo_aligned, alignment="greedy"),
+        partial(wpo_aligned, limit=math.inf),
+        overrides=(ALIGNED, f"{WEIGHT}.limit=1"),
+    ),
+    "wpo, aligned, without a limit": case(
+        "wpo", partial(wpo_aligned, limit=math.inf), wpo, wpo_aligned, partial(wpo_aligned, alignment="greedy"), overrides=(ALIGNED,)
+    ),
     "aot": case("aot", aot, dpo, aot_of_sides, spread=1.0),
     "aot of sides": case("aot", aot_of_sides, aot, dpo, overrides=(f"{PAIRS}.of=sides",), spread=1.0),
     "ld_dpo": case("ld_dpo", ld_dpo, dpo, partial(ld_dpo, beyond=0.0)),
