@@ -48,10 +48,11 @@ class ScalarModule(nn.Module):
         stored: Any = None,
         routing: Any = None,
         keep_routing: bool = False,
+        mixed: Any = None,
     ) -> Any:
         """``select`` ``[n]`` are the column indices to read, None for all.  There are no targets, temperatures, full-vocabulary columns,
         stored distributions or replayed experts: a batch may hold them, and nothing reads them."""
-        assert not columns and not want_hidden, "a scalar head has no probabilities"
+        assert not columns and not want_hidden and mixed is None, "a scalar head has no probabilities"
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:
             hidden = hidden_states(self.inner, input_ids, positions, lengths)
