@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from posttrain import checkpoint
 from posttrain.canary import Canaries
 from posttrain.cluster import _evaluates, _samples
-from posttrain.config import ConfigError, RunConfig
+from posttrain.config import ConfigError, CriticModelConfig, RunConfig
 from posttrain.controller import Run
 from posttrain.data.load import load_data
 from posttrain.data.pack import Packer
@@ -439,7 +439,9 @@ def make_critic(config: RunConfig) -> Any:
     if critic is None:
         return None
     own = replace(config.learner, lr=critic.lr, warmup_steps=critic.warmup_steps, max_grad_norm=critic.max_grad_norm, base_every=0)
-    model = replace(config.model, path=critic.path or config.model.path, teacher=None, base=None, train_only=None)
+    given = {f.name: getattr(config.model, f.name) for f in fields(config.model)}
+    given |= {"path": critic.path or config.model.path, "teacher": None, "base": None, "train_only": None}
+    model = CriticModelConfig(**given, heads=critic.heads, alpha=critic.alpha)
     if critic.path is not None:
         model = replace(model, init="pretrained")
     return LearnerGroup(

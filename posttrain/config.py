@@ -160,7 +160,8 @@ class LearnerConfig:
 class CriticConfig:
     """A critic: a model of its own with a scalar head, which says what every state was worth before the policy moves, and then learns from the returns.
     ``loss``: its objective.  ``path``: a folder or id, for instance a reward model's export; null is where the policy starts.  In the first ``warmup_batches``
-    batches it learns alone.  What is not named here is as in ``learner`` and ``model``."""
+    batches it learns alone.  ``heads``: several heads on its backbone, whose numbers become one value by their soft minimum at the temperature ``alpha``, in units of
+    reward: 0 is the least of them, infinity their mean.  What is not named here is as in ``learner`` and ``model``."""
 
     loss: Any
     path: str | None = None
@@ -168,6 +169,16 @@ class CriticConfig:
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
     warmup_batches: int = 0
+    heads: int = 1
+    alpha: float = 0.3
+
+
+@dataclass
+class CriticModelConfig(ModelConfig):
+    """A critic's model: that of the run, as ``critic`` changes it."""
+
+    heads: int = 1
+    alpha: float = 0.3
 
 
 @dataclass
@@ -496,6 +507,8 @@ def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> Non
     own = critic.loss.needs
     require(own.head == "scalar" and own.at == "before", f"critic.loss={critic.loss.name!r} is no critic's: its likelihood must be Score(at=before)")
     require(own.keep_whole is None, f"critic.loss={critic.loss.name!r} compares whole groups or steps, which a critic's loss cannot")
+    require(critic.heads >= 1, f"critic.heads={critic.heads} must be 1 or more")
+    require(critic.alpha >= 0, f"critic.alpha={critic.alpha} is the temperature of a soft minimum, 0 or more")
     require(0 <= critic.warmup_batches < config.steps, f"critic.warmup_batches={critic.warmup_batches} must be at least 0 and below steps={config.steps}")
 
 

@@ -98,6 +98,10 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/{term}/factor | mean | tokens | factor | mean factor of a mask
         {stream}/{term}/clamped | mean | tokens | share | tokens whose log-ratio was clamped before a KL estimate
         {stream}/alone | mean | tokens | share | tokens at places that no other answer of their group reaches, where a baseline is taken place by place
+        {stream}/{regularizer}/drift | mean | tokens | nats per token | log-ratio to the policy a gated KL stays near, of this step's tokens
+        {stream}/{regularizer}/running | mean | optimizer steps | nats per token | running mean of that, which the threshold is compared with
+        {stream}/{regularizer}/gate | mean | optimizer steps | factor | what a gated KL is multiplied by, by the entropy
+        {stream}/{regularizer}/reward | mean | answers | reward | combined reward of the stream's answers, for a controller to follow
         {stream}/reward_kl | mean | answers | nats | estimated KL of a whole answer, where it is part of the reward
         {stream}/log_ratio | mean | tokens | nats | log-ratio of two policies that serves as the advantage (teacher over policy: minus the KL)
         {stream}/log_ratio_clamped | mean | tokens | share | tokens whose log-ratio was clamped before it became an advantage

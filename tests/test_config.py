@@ -151,6 +151,8 @@ def test_open_maps_need_no_plus() -> None:
         (["loss=ppo_gae", "advantage=reward"], r"reads the values of a critic, and the run has none: choose critic=value"),
         (["loss=grpo", "advantage=group_norm", "critic=value"], r"critic is set, but loss 'grpo' reads no values; choose loss=ppo_gae, or critic=none"),
         (["loss=ppo_gae", "advantage=reward", "critic=value", "critic.warmup_batches=100"], r"critic.warmup_batches=100 must be at least 0 and below steps=100"),
+        (["loss=safe", "advantage=reward", "critic=soft_min", "critic.heads=0"], r"critic.heads=0 must be 1 or more"),
+        (["loss=safe", "advantage=reward", "critic=soft_min", "critic.alpha=-0.1"], r"critic.alpha=-0.1 is the temperature of a soft minimum"),
         (["loss=fine_grained", "advantage=reward", "critic=value"], r"adds up a reward of every token.*choose advantage=placed"),
         (["loss=ppo_gae", "advantage=placed", "critic=value"], r"hands on a reward for every token, and loss 'ppo_gae' does not add them up; choose loss=fine_grained"),
         (["loss=grpo", "advantage=placed"], r"hands on a reward for every token, and loss 'grpo' does not add them up"),

@@ -184,7 +184,7 @@ class SuffixLoss:
     """A token counts by the loss that is still to come in its answer.
 
     Equation: ``n = -l``, ``C[t] = sum_{s >= t} gamma**(s-t) n[s]``; the loss of an answer is ``sum_t C[t] n[t] / sum_t C[t]``; detached, ``A[t] = C[t] / sum C``.
-    Source: IFT, arXiv 2405.11870, which also reads a mixture of the given tokens' and its own predictions' embeddings (not part of this term).
+    Source: IFT, arXiv 2405.11870, which also reads its own predictions (``Stream.own_input``).
 
     ``gamma``: discount per token, at most 1; at 0 a token counts by its own loss (the release takes plain SFT there).  ``detach``: whether the weights are
     constants; the release differentiates them.  For ``aggregate.SequenceMeanTokenSum``.

@@ -30,7 +30,7 @@ def build_module(model_cfg: Any, cfg: Any, objective: Any, device: torch.device,
     head = objective.needs.head
     model = load_model(model_cfg, seed=seed, head=head).to(device)
     if head == "scalar":
-        scalar = ScalarModule(model)
+        scalar = ScalarModule(model, getattr(model_cfg, "alpha", 0.0))
         scalar_self_check(scalar)
         return scalar
     module = PolicyModule(model, cfg.head_chunk)
@@ -180,6 +180,7 @@ class Core:
             base_model=self.base if "base" in wanted else None,
             teacher_model=self.teacher if "teacher" in wanted else None,
             only_trainable=not idle,
+            mix=self.objective.own_input(padded) if needs.own_input else None,
         )
         # gradient exactly zero through every output, and no 0 * inf
         silent = sum((torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0).sum() for x in (logp, *columns.values())), logp.new_zeros(()))
@@ -199,4 +200,4 @@ def placeholder(batch: TokenBatch) -> TokenBatch:
     """The batch itself, or, when it has no columns, one column of padding that nothing is learnt from."""
     if batch.num_tokens:
         return batch
-    return TokenBatch.from_sequences([{"ids": [0, 0], "sources": ["pad", "pad"]}])
+    return TokenBatch.from_sequences([{"ids": [0, 0], "sources": ["pad", "pad"]}]).replace(progress=batch.progress, memory=batch.memory)

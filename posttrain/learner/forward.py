@@ -26,6 +26,8 @@ FROZEN = ("base", "teacher")
 STORED = "stored"
 Frozen = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states ``[n, D]`` of a frozen model, its head's weight and bias.  An empty weight means that the head is shared."""
+Mixed = tuple[Tensor, Tensor]
+"""Ids ``[N]`` of second input tokens, and the shares ``[N]`` of their embeddings."""
 
 
 def parse_column(name: str) -> tuple[str, str | None, float]:
@@ -48,13 +50,16 @@ def parse_column(name: str) -> tuple[str, str | None, float]:
 
 
 def _head_forward(head: nn.Module, original: Any) -> Any:
-    """A ``forward`` for the output layer: as before for a plain call, chunked log-probabilities when ``targets`` are given."""
+    """A ``forward`` for the output layer: as before for a plain call, chunked log-probabilities when ``targets`` are given, the most probable token's id where
+    ``best``."""
 
     def forward(hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0, chunk: int = 1024, columns: tuple[str, ...] = (),
-                frozen: Mapping[str, Frozen] | None = None, stored: tuple[Tensor, Tensor] | None = None) -> Any:  # fmt: skip
+                frozen: Mapping[str, Frozen] | None = None, stored: tuple[Tensor, Tensor] | None = None, best: bool = False) -> Any:  # fmt: skip
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if best:
+            return linear_argmax(hidden, weight, chunk=chunk, bias=bias)
         if targets is None:
             return original(hidden)
-        weight, bias = head.weight, getattr(head, "bias", None)
         logp, entropy = linear_logprob(hidden, weight, targets, temperature=temperature, chunk=chunk, need_entropy="entropy" in columns, bias=bias)
         found = {} if entropy is None else {"entropy": entropy}
         if "logp_greedy" in columns:
@@ -88,12 +93,22 @@ def _head_forward(head: nn.Module, original: Any) -> Any:
     return forward
 
 
-def hidden_states(inner: nn.Module, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+def hidden_states(inner: nn.Module, input_ids: Tensor, positions: Tensor, lengths: Tensor, mixed: Mixed | None = None) -> Tensor:
     """Hidden states ``[N, D]`` of a packed row after the last norm of a transformers model, whatever its head."""
     extra = attention.keywords(inner.config._attn_implementation, lengths)
+    read: dict[str, Tensor] = {"input_ids": input_ids[None]} if mixed is None else {"inputs_embeds": _embed(inner, input_ids, mixed)[None]}
     with attention.packed_row():
-        out = inner.base_model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, **extra)
+        out = inner.base_model(**read, position_ids=positions[None], use_cache=False, **extra)
     return out.last_hidden_state[0]
+
+
+def _embed(inner: nn.Module, input_ids: Tensor, mixed: Mixed) -> Tensor:
+    """``(1 - share) e(input) + share e(other)``, ``[N, D]``; exactly ``e(input)`` where the share is 0."""
+    others, share = mixed
+    # one call for both: some engines go wrong when a module runs twice before one backward
+    given, other = inner.get_input_embeddings()(torch.cat([input_ids, others])).chunk(2)
+    weight = share.to(given.dtype)[:, None]
+    return torch.where(weight > 0, (1 - weight) * given + weight * other, given)
 
 
 class PolicyModule(nn.Module):
@@ -122,9 +137,9 @@ class PolicyModule(nn.Module):
     def head(self) -> nn.Linear:
         return self.inner.get_output_embeddings()
 
-    def hidden(self, input_ids: Tensor, positions: Tensor, lengths: Tensor) -> Tensor:
+    def hidden(self, input_ids: Tensor, positions: Tensor, lengths: Tensor, mixed: Mixed | None = None) -> Tensor:
         """Hidden states ``[N, D]`` of the packed row, after the last norm."""
-        return hidden_states(self.inner, input_ids, positions, lengths)
+        return hidden_states(self.inner, input_ids, positions, lengths, mixed)
 
     def forward(
         self,
@@ -141,20 +156,25 @@ class PolicyModule(nn.Module):
         stored: tuple[Tensor, Tensor] | None = None,
         routing: Tensor | None = None,
         keep_routing: bool = False,
+        mixed: Mixed | None = None,
+        want_best: bool = False,
     ) -> Any:
         """``select`` ``[n]`` are the column indices to score, None for all.  ``frozen``: what the columns compare with, by name; ``stored``: ids and
         log-probs ``[N, K]`` that they compare with.  ``routing``: experts that are to read the columns, ``[N, layers, K]``; ``keep_routing``: remember those that
         do in ``routers``.
-        ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the selected hidden states instead."""
+        ``adapter=False`` switches LoRA off.  ``want_hidden`` returns the selected hidden states instead, ``want_best`` the ids of the most probable tokens.
+        ``mixed``: second tokens whose embeddings are read with the given ones."""
         self.routers.replay(routing, keep_routing)
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:
-            hidden = self.hidden(input_ids, positions, lengths)
+            hidden = self.hidden(input_ids, positions, lengths, mixed)
         if select is not None:
             hidden, target_ids = hidden[select], target_ids[select]
             stored = None if stored is None else (stored[0][select], stored[1][select])
         if want_hidden:
             return hidden
+        if want_best:
+            return self.head(hidden, chunk=self.chunk, best=True)
         return self.head(hidden, targets=target_ids, temperature=temperature, chunk=self.chunk, columns=columns, frozen=frozen, stored=stored)
 
 
@@ -170,6 +190,7 @@ def forward(
     adapter: bool = True,
     routed: bool = True,
     keep_routing: bool = False,
+    mix: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``(logp[N], {column: [N]})`` of a batch that is not empty, in float32 (float64 for a float64 model).
 
@@ -177,6 +198,8 @@ def forward(
     hold 0 and carry no gradient.  The ``:base`` columns need the frozen start: ``base_model`` (another ``PolicyModule``), or the model's own
     adapters, which are switched off for one pass without gradient; the ``:teacher`` columns need ``teacher_model``.
     The batch's ``routing`` is replayed where ``routed``; frozen models choose their own experts.
+    ``mix`` ``[N]``: where token t of a text is read as input, the share of what the model itself held most probable at t, by a first pass without gradient
+    that reads the given tokens.  Given for one rank, it must be given for all: a pass more is run.
 
     Raises ``ValueError`` for an unknown column, an empty batch, or a column whose model is missing.
     """
@@ -194,10 +217,27 @@ def forward(
     lengths = batch.lengths
     row = (batch.input_ids, batch.target_ids, batch.positions, lengths, select, temperature)
     frozen = {to: _frozen(to, model, base_model if to == "base" else teacher_model, row) for to in sorted(others)}
-    found = model(*row, wanted, frozen, False, adapter, batch.stored, batch.routing if routed else None, keep_routing)
+    routing = batch.routing if routed else None
+    mixed = None if mix is None else _own_choices(model, batch, row, mix, adapter, routing)
+    found = model(*row, wanted, frozen, False, adapter, batch.stored, routing, keep_routing, mixed)
     names = ("logp", *wanted)
     full = {name: _spread(value, select, batch.num_tokens) for name, value in zip(names, found, strict=True)}
     return full.pop("logp"), full
+
+
+@torch.no_grad()
+def _own_choices(model: Any, batch: TokenBatch, row: tuple[Any, ...], mix: Tensor, adapter: bool, routing: Tensor | None) -> Mixed:
+    """The most probable tokens of a pass over the given ones, where they are read: column t predicts a token that column t + 1 takes in."""
+    share = torch.zeros_like(mix)
+    share[1:] = torch.where(batch.seq[1:] == batch.seq[:-1], mix[:-1], 0.0)
+    read = (share > 0).nonzero()[:, 0]
+    ids, targets, positions, lengths, _, temperature = row
+    # at least one column, so that every rank runs its head
+    predicting = read - 1 if len(read) else read.new_zeros(1)
+    best = model(ids, targets, positions, lengths, predicting, temperature, (), None, False, adapter, None, routing, False, None, True)
+    others = ids.clone()
+    others[read] = best[: len(read)]
+    return others, share
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ def load_model(cfg: Any, *, seed: int = 0, train: bool = True, head: str = "lm")
     """The model of a ``ModelConfig`` in its dtype, in training mode without a key-value cache.
 
     ``head="scalar"`` puts a linear head of width 1 on the backbone (a reward model, a critic).  Where the folder has none, its weights are drawn from
-    ``seed`` with a deviation of ``1 / (hidden size + 1)``: small, and not 0, so that the first step moves everything.
+    ``seed`` with a deviation of ``1 / (hidden size + 1)``: small, and not 0, so that the first step moves everything.  A ``cfg`` with ``heads`` above 1 gives the
+    layer as many rows: that of the folder, and the same plus a draw each, because equal heads would stay equal.
 
     ``cfg.init == "random"`` keeps the architecture and draws weights from ``seed``.  ``train=False`` gives the frozen start: no adapters, no
     gradients.  With LoRA only the adapters require gradients, and they are kept in float32 precision by the optimizer.
@@ -59,6 +60,8 @@ def load_model(cfg: Any, *, seed: int = 0, train: bool = True, head: str = "lm")
         model.set_experts_implementation("eager")  # the grouped product knows no float64
     if head == "scalar":
         _prepare_head(model, "score.weight" in missing, seed)
+        if getattr(cfg, "heads", 1) > 1:
+            _several_heads(model, cfg.heads, seed)
     if not train:
         model.requires_grad_(False)
         return model.eval()
@@ -88,6 +91,20 @@ def _prepare_head(model: torch.nn.Module, fresh: bool, seed: int) -> None:
         score.weight.copy_(drawn.to(score.weight.dtype))
         if score.bias is not None:
             score.bias.zero_()
+
+
+@torch.no_grad()
+def _several_heads(model: torch.nn.Module, heads: int, seed: int) -> None:
+    one: torch.nn.Linear = model.score  # type: ignore[assignment]
+    score = torch.nn.Linear(one.in_features, heads, bias=one.bias is not None).to(one.weight.device, one.weight.dtype)
+    draw = torch.Generator().manual_seed(seed + 1)
+    drawn = torch.randn((heads, one.in_features), generator=draw) / (one.in_features + 1)
+    drawn[0] = 0.0
+    score.weight.copy_(one.weight + drawn.to(one.weight.dtype))
+    if one.bias is not None:
+        score.bias.copy_(one.bias.expand(heads))
+    model.score = score
+    model.config.num_labels = model.num_labels = heads
 
 
 def keep_only(model: torch.nn.Module, pattern: str) -> None:

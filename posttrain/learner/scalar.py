@@ -1,10 +1,11 @@
-"""A model that answers with a number per column: the backbone of a language model under a linear head of width 1, for reward models and critics.
+"""A model that answers with a number per column: the backbone of a language model under a linear head, for reward models and critics.
 
 The head is transformers' own (``...ForSequenceClassification`` with one label), so checkpoints load elsewhere and others' load here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -20,9 +21,11 @@ from posttrain.learner.model import is_lora, plain
 class ScalarModule(nn.Module):
     """The interface of :class:`~posttrain.learner.forward.PolicyModule`; the first of what ``forward`` returns are the head's numbers ``[n]``, in float32."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, alpha: float = 0.0) -> None:
+        """``alpha``: the temperature of the soft minimum of several heads."""
         super().__init__()
         self.model = model
+        self.alpha = alpha
         self.head.forward = _wide(self.head)  # type: ignore[method-assign]
 
     @property
@@ -48,14 +51,31 @@ class ScalarModule(nn.Module):
         stored: Any = None,
         routing: Any = None,
         keep_routing: bool = False,
+        mixed: Any = None,
+        want_best: bool = False,
     ) -> Any:
         """``select`` ``[n]`` are the column indices to read, None for all.  There are no targets, temperatures, full-vocabulary columns,
         stored distributions or replayed experts: a batch may hold them, and nothing reads them."""
-        assert not columns and not want_hidden, "a scalar head has no probabilities"
+        assert not columns and not want_hidden and not want_best and mixed is None, "a scalar head has no probabilities"
         off = nullcontext() if adapter or not is_lora(self.model) else self.model.disable_adapter()
         with off:
             hidden = hidden_states(self.inner, input_ids, positions, lengths)
-        return (self.head(hidden if select is None else hidden[select])[:, 0],)
+        numbers = self.head(hidden if select is None else hidden[select])
+        return (numbers[:, 0] if numbers.shape[1] == 1 else soft_min(numbers, self.alpha),)
+
+
+def soft_min(numbers: Tensor, alpha: float) -> Tensor:
+    """``-alpha log mean_k exp(-numbers[n, k] / alpha)``, ``[n]``: the least of them at 0, their mean at infinity, and what they are where they are equal.
+
+    Its derivative shares out 1 among the heads, more to the lower ones (SAFE, arXiv 2602.04651).
+    """
+    if alpha == 0:
+        return numbers.amin(-1)
+    if math.isinf(alpha):
+        return numbers.mean(-1)
+    # measured from the least, so that neither a small alpha overflows nor a large one rounds; the formula does not depend on where
+    least = numbers.detach().amin(-1, keepdim=True)
+    return least[:, 0] - alpha * torch.log1p(torch.expm1((least - numbers) / alpha).mean(-1))
 
 
 def _wide(head: nn.Linear) -> Any:

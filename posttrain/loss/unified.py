@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from posttrain.loss.view import Level, Metrics, TokenView, memory_key
-from posttrain.mixture.control import Control, controls_in
+from posttrain.mixture.control import Control, controls_in, now
 from posttrain.mixture.schedule import Scalar
 from posttrain.records import Source, StreamTotals, TokenBatch, Totals
 
@@ -100,7 +100,9 @@ class Stream:
 
     ``source`` selects tokens by where they came from; ``paired`` restricts to sequences inside (True) or outside (False) a preference pair,
     ``side`` to the ``chosen`` or the ``rejected`` ones, ``context`` to those scored under that context (the rows' own one has no name).
-    ``coef`` scales the whole stream and may be a schedule.
+    ``coef`` scales the whole stream and may be a schedule.  ``own_input``: between 0 and 1, a number or a schedule; where a token of the stream is read as the
+    context of the next ones, the share of the embedding of what the model itself held most probable there, by a first pass without gradient over the
+    given tokens.  Prompts are read as they are.
     """
 
     source: tuple[str, ...]
@@ -113,8 +115,11 @@ class Stream:
     paired: bool | None = None
     side: Literal["chosen", "rejected"] | None = None
     context: str = ""
+    own_input: Scalar = 0.0
 
     def __post_init__(self) -> None:
+        if not callable(self.own_input) and not 0 <= self.own_input <= 1:
+            raise ValueError(f"stream own_input={self.own_input} is the share of the model's own choice in what it reads, between 0 and 1")
         if self.side not in (None, "chosen", "rejected"):
             raise ValueError(f"stream side={self.side!r} does not exist; choose chosen or rejected, or null for both")
         if self.side is not None and self.paired is False:
@@ -141,7 +146,7 @@ class Needs:
     """What an objective asks of the run.  ``references``: log-prob columns to fill; ``columns``: differentiable full-vocabulary columns the
     forward must deliver; ``live`` with a coupling wider than ``sequence`` means two passes whenever a coupled set is cut; ``contexts``: rows
     to be scored beside those that are learnt from; ``head``: what the model answers with, ``lm`` log-probabilities or ``scalar`` one number
-    per column, read ``at`` the columns its likelihood names."""
+    per column, read ``at`` the columns its likelihood names; ``own_input``: the model reads its own choices too, which takes a first pass."""
 
     references: frozenset[str]
     columns: frozenset[str]
@@ -151,6 +156,7 @@ class Needs:
     contexts: frozenset[str] = frozenset()
     head: Literal["lm", "scalar"] = "lm"
     at: str | None = None
+    own_input: bool = False
 
     @property
     def keep_whole(self) -> str | None:
@@ -194,9 +200,22 @@ class Objective:
             raise ValueError("all streams share one forward, so one head, read at one place: give all of them the same likelihood.Score, or none")
         if next(iter(heads))[0] == "scalar" and self.needs.columns:
             raise ValueError("a scalar head has no probabilities, so no full-vocabulary regulariser can act on it; remove it")
+        if self.needs.own_input:
+            self._check_own_input()
         temperatures = {s.likelihood.temperature for s in self.streams.values()}
         if len(temperatures) > 1:
             raise ValueError(f"all streams share one forward, so one training temperature; these differ: {sorted(temperatures)}")
+
+    def _check_own_input(self) -> None:
+        """Other log-probs than those of the pass that is differentiated hold where the given tokens are read."""
+        needs = self.needs
+        others = sorted(needs.references) + sorted(c for c in needs.columns if ":" in c)
+        if needs.head != "lm" or others or needs.keep_whole or needs.contexts:
+            what = "a scalar head" if needs.head != "lm" else repr(others[0]) if others else f"coupling {needs.coupling}" if needs.keep_whole else "other contexts"
+            raise ValueError(
+                f"objective {self.name!r}: own_input changes what the model reads in the pass that is learnt from, and {what} is computed where the given tokens are "
+                "read; set own_input=0, or remove the term"
+            )
 
     def _check_regularizer(self, key: str, term: Any) -> None:
         only = getattr(term, "streams", None)
@@ -233,7 +252,8 @@ class Objective:
         contexts = frozenset().union(*(declared(t, "contexts") for t in terms))
         likelihoods = [s.likelihood for s in self.streams.values()]
         head, at = declared(likelihoods[0], "head"), getattr(likelihoods[0], "at", None)
-        return Needs(references - {"self"}, columns, coupling, bool(live), temperature, contexts, head, at)
+        own_input = any(callable(s.own_input) or s.own_input > 0 for s in self.streams.values())
+        return Needs(references - {"self"}, columns, coupling, bool(live), temperature, contexts, head, at, own_input)
 
     @property
     def remembers(self) -> bool:
@@ -326,6 +346,19 @@ class Objective:
             terms = [*self.streams[name].terms.values(), *(t for t in self.regularizers.values() if _applies(t, name))]
             for term in (t for t in terms if declared(t, "remembers")):
                 out |= {memory_key(name, term, key): float(value) for key, value in term.remember(view).items()}
+        return out
+
+    def own_input(self, batch: TokenBatch) -> Tensor | None:
+        """``own_input`` of every token's stream, ``[N]``; None where it is 0 everywhere and for every rank."""
+        shares = {name: now(stream.own_input, batch.progress, batch.memory) for name, stream in self.streams.items()}
+        outside = [name for name, share in shares.items() if not 0 <= share <= 1]
+        if outside:
+            raise ValueError(f"stream {outside[0]!r}: own_input is {shares[outside[0]]:g} at progress {batch.progress:g}; it is a share, between 0 and 1")
+        if not any(shares.values()):
+            return None
+        out = torch.zeros(batch.num_tokens, dtype=torch.float64, device=batch.source.device)
+        for name, stream in self.streams.items():
+            out = torch.where(self._select(batch, stream)[0], shares[name], out)
         return out
 
     def memory_for_parts(self, memory: Mapping[str, float]) -> dict[str, float]:

@@ -250,10 +250,11 @@ class LookAhead:
             )
         if self.name not in controls_in(objective.streams):
             raise ValueError(f"controller {self.name!r} looks ahead, so it must stand in the coefficient of a stream, not of a regulariser")
-        if needs.keep_whole or needs.head != "lm" or needs.contexts or {"entropy", "collision"} & needs.references:
+        if needs.keep_whole or needs.head != "lm" or needs.contexts or {"entropy", "collision"} & needs.references or needs.own_input:
             raise ValueError(
                 f"controller {self.name!r} looks ahead one micro-batch at a time, and this objective's terms read more than that (whole groups or batches, "
-                "other contexts, a scalar head, the entropy or another number of the whole vocabulary); use a schedule for the coefficient, or other terms"
+                "other contexts, a scalar head, the entropy or another number of the whole vocabulary, its own input); use a schedule for the coefficient, or "
+                "other terms"
             )
 
     def begin(self) -> dict[str, float]:

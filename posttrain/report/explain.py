@@ -108,6 +108,7 @@ def _stream(name: str, stream: Stream) -> list[str]:
     which = {None: "", True: ", in a preference pair", False: ", not in a preference pair"}[stream.paired]
     which += f", {stream.side}" if stream.side else ""
     which += f", scored under {stream.context!r}" if stream.context else ""
+    which += "" if _is_zero(stream.own_input) else f", read with a share {_number(stream.own_input)} of the model's own first choices"
     rows = {"likelihood": stream.likelihood, "reference": stream.reference, "advantage": stream.advantage}
     rows |= {f"mask {k}": m for k, m in stream.masks.items()} or {"mask": None}
     rows |= {"aggregation": stream.aggregation}
@@ -156,6 +157,7 @@ def _needs(objective: Objective) -> list[str]:
     needs = objective.needs
     lines = [f"  log-probs {name}: {COLUMN_NOTES.get(name, 'a named column of the batch')}" for name in sorted(needs.references)]
     lines += [f"  column {name}: over the whole vocabulary, with gradient, from the same forward" for name in sorted(needs.columns)]
+    lines += ["  a first pass without gradient: the model's own choices, which it then reads"] if needs.own_input else []
     lines += [f"  context {name}: rows scored beside those that are learnt from" for name in sorted(needs.contexts)]
     if not lines:
         lines.append("  no second model and no recorded log-probs")

@@ -18,6 +18,7 @@ from posttrain.contrib.constrained import DriftDiscounted
 from posttrain.contrib.contrast import MatrixContrast
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
+from posttrain.contrib.gated import GatedKL
 from posttrain.contrib.guided import AdvantageSaturating, DropImprobable
 from posttrain.contrib.outcome import ByReward, EntropyExponential, TurnReward
 from posttrain.contrib.preference import (
@@ -61,6 +62,11 @@ VARIANTS: dict[str, list[Any]] = {
         CovarianceDrop(0.3, -1.0, Linear(0.5, 1.0), clip=mask.RatioClip(0.01, 0.01)),
     ],
     "covariance.CovariancePenalty": [CovariancePenalty(0.5, 0.2, "behaviour"), CovariancePenalty(0.5, Linear(0.5, 1.0))],
+    "gated.GatedKL": [
+        GatedKL(-0.5, 2.0),
+        GatedKL(Linear(-2.0, -1.0), 2.0, "behaviour", 0.0, 0.2, 0.5, 0.3),
+        GatedKL(-1.0, Linear(0.0, 1.0), decay=0.0, certain=0.1),
+    ],
     "future.FutureRatio": [FutureRatio(2.0, 0.5, 3.0, 1.1, 1.05), FutureRatio(1.0, 0.8, Linear(1.0, 1.5), to="behaviour")],
     "preference.PairFactor": [PairFactor("label", 0.0)],
     "preference.PairProbability": [PairProbability(0.0), PairProbability(Linear(0.0, 2.0)), PairProbability(alignment="sampled"), PairProbability(0.5, "sampled", 0.2)],
@@ -100,6 +106,7 @@ ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "supervised.SuffixLoss": {"gamma": [0.5]},
     "covariance.CovarianceDrop": {"clip": [None, mask.RatioClip(0.01, 0.01)], "seed": [1, 2, 3], "low": [0.0], "high": [0.0, 0.1]},
     "covariance.CovariancePenalty": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()]},
+    "gated.GatedKL": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()], "to": ["old", "teacher"], "least": [2.0]},
     "preference.SteeperPairs": {"inner": [Pairwise(beta=0.2)]},
     "preference.SelfLabelled": {"inner": [Pairwise(beta=0.2)]},
     "future.FutureRatio": {"low": [0.9, 1.05], "high": [1.05], "ignore": [1.0, 1.2], "spare": [1.0], "half_life": [0.5, 64.0]},

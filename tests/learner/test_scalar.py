@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from posttrain.config import LearnerConfig, LoraConfig, ModelConfig
+from posttrain.config import CriticModelConfig, LearnerConfig, LoraConfig, ModelConfig
 from posttrain.data.scored import read_at
 from posttrain.learner.model import load_model
-from posttrain.learner.scalar import ScalarModule, scalar_self_check
+from posttrain.learner.scalar import ScalarModule, scalar_self_check, soft_min
 from posttrain.learner.torch_engine import TorchEngine
 from posttrain.loss import load
 from posttrain.records import Row, TokenBatch
@@ -110,3 +111,84 @@ def test_a_model_without_such_a_head_is_refused(tiny: str) -> None:
         from posttrain.learner.model import _prepare_head
 
         _prepare_head(torch.nn.Linear(2, 2), fresh=True, seed=0)
+
+
+# -- several heads ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_soft_minimum_lies_between_the_least_and_the_mean(dtype: torch.dtype) -> None:
+    one_two = torch.tensor([[1.0, 2.0]], dtype=dtype)
+    for alpha, expected in ((0.0, 1.0), (1e-6, 1.0), (0.3, 1.197), (1000.0, 1.49988), (math.inf, 1.5)):
+        assert float(soft_min(one_two, alpha)) == pytest.approx(expected, abs=5e-4 if alpha == 0.3 else 6e-6), alpha
+    naive = -0.3 * math.log((math.exp(-1 / 0.3) + math.exp(-2 / 0.3)) / 2)
+    assert float(soft_min(one_two, 0.3)) == pytest.approx(naive, rel=1e-6) and naive != pytest.approx(1.0, abs=0.1)
+    same = torch.full((3, 4), -7.25, dtype=dtype)
+    assert all(torch.equal(soft_min(same, alpha), same[:, 0]) for alpha in (0.0, 1e-6, 0.3, 1000.0, math.inf)), "equal critics say what they say"
+    far = soft_min(torch.tensor([[-1e4, 1e4, 0.0]], dtype=dtype), 0.1)
+    assert float(far) == pytest.approx(-1e4 + 0.1 * math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 10.0])
+def test_its_derivative_is_a_share_of_every_head(alpha: float) -> None:
+    numbers = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    (share,) = torch.autograd.grad(soft_min(numbers, alpha).sum(), numbers)
+    torch.testing.assert_close(share, torch.softmax(-numbers.detach() / alpha, -1))
+    assert torch.autograd.gradcheck(lambda x: soft_min(x, alpha), (numbers,))
+
+
+def critic(path: str, heads: int, alpha: float = 0.3, **model: object) -> TorchEngine:
+    cfg = CriticModelConfig(path=path, dtype="float64", heads=heads, alpha=alpha, **model)  # type: ignore[arg-type]
+    return TorchEngine(cfg, LearnerConfig(engine="torch", lr=1e-2), load("value"), total_steps=9)
+
+
+def valued() -> TokenBatch:
+    rows = [Row(ids=[9 + i, 20, 30 + i, 12][: 3 + i % 2], sources=["prompt"] + ["policy"] * (2 + i % 2), advantage=float(i), logps={"value": [0.0] * (3 + i % 2)}) for i in range(4)]
+    batch = TokenBatch.from_sequences(read_at(rows, "before"), dtype=torch.float64)
+    return batch.replace(totals=load("value").totals(batch))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_heads_are_one_critic(tiny: str, lora: bool) -> None:
+    one = critic(tiny, 2, lora=LoraConfig(r=4) if lora else None)
+    batch = valued()
+    weight = one.module.head.weight
+    assert weight.shape == (2, 64) and weight.requires_grad and float((weight[0] - weight[1]).abs().min()) > 0, "equal heads would stay equal"
+    found = one.score(batch)["logp"]
+    with torch.no_grad():
+        captured: list[torch.Tensor] = []
+        hook = one.module.head.register_forward_hook(lambda *args: captured.append(args[2]))
+        one.score(batch)
+        hook.remove()
+    naive = -0.3 * torch.log(torch.exp(-captured[0] / 0.3).mean(-1))
+    torch.testing.assert_close(found, naive, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, captured[0].mean(-1), rtol=0, atol=1e-9) or float((captured[0][:, 0] - captured[0][:, 1]).abs().max()) < 1e-3
+    before, errors = weight.detach().clone(), []
+    for _ in range(6):
+        total, count = one.forward_backward(batch)["rollouts/value_error"]
+        errors.append(total / count)
+        one.optim_step()
+    assert errors[-1] < errors[0] and float((one.module.head.weight - before).abs().min()) > 0, "both heads learn"
+
+
+def test_heads_start_where_the_folder_is(tiny: str, tmp_path: Path) -> None:
+    single = engine(tiny)
+    step(single, pairs())
+    single.export(tmp_path / "out")
+    path, batch = str(tmp_path / "out"), valued()
+    one, two = critic(path, 1), critic(path, 2)
+    torch.testing.assert_close(two.module.head.weight[:1], one.module.head.weight, rtol=0, atol=0)
+    assert 0 < float((two.module.head.weight[1] - two.module.head.weight[0]).std()) < 2 / 65
+    assert torch.equal(critic(path, 2).module.head.weight, two.module.head.weight), "every rank draws the same"
+    least, mean = (critic(path, 2, alpha).score(batch)["logp"] for alpha in (0.0, math.inf))
+    between = two.score(batch)["logp"]
+    assert bool((least <= between).all()) and bool((between <= mean).all()) and float((mean - least).max()) > 0
+
+
+def test_the_heads_of_a_critic_are_kept(tiny: str, tmp_path: Path) -> None:
+    one, batch = critic(tiny, 3), valued()
+    one.forward_backward(batch)
+    one.optim_step()
+    one.save(tmp_path / "saved")
+    again = critic(tiny, 3)
+    assert not torch.equal(again.score(batch)["logp"], one.score(batch)["logp"])
+    again.load(tmp_path / "saved")
+    assert torch.equal(again.score(batch)["logp"], one.score(batch)["logp"])

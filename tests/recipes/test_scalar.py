@@ -54,6 +54,30 @@ def test_a_critic_learns_beside_the_policy_and_a_resumed_run_is_the_same(reward_
         assert files and [p.read_bytes() for p in sorted(ours.iterdir())] == [p.read_bytes() for p in sorted(theirs.iterdir())], kind
 
 
+def test_two_heads_a_gated_kl_and_a_threshold_that_follows_the_reward(reward_model: Path, tmp_path: Path) -> None:
+    """A pessimistic critic beside a policy whose drift costs from a threshold on; what the controller and the running KL remember survives a resume."""
+    words = ["recipe=ppo", "loss=safe", "critic=soft_min", f"model.path={reward_model / 'model'}", "model.dtype=float32", "reward=model", f"reward.fn.model.path={reward_model / 'export'}", *SIZES]
+    words += [f"critic.path={reward_model / 'export'}", "critic.lr=1e-3", "critic.warmup_batches=0", "learner.updates_per_batch=2", "checkpoint.every=2", "steps=4"]
+    words += ["loss.regularizers.kl.threshold.low=-1.0", "loss.regularizers.kl.threshold.base=-0.5", "loss.regularizers.kl.threshold.kp=3.0"]
+    whole = train(tmp_path / "whole", *words)
+    rows = whole.rows
+    assert all(row["critic/grad_norm"] > 0 and row["learner/grad_norm"] > 0 and row["learner/two_passes"] == 1.0 for row in rows)
+    assert rows[0]["control/threshold"] == pytest.approx(-0.5) and len({round(row["control/threshold"], 9) for row in rows}) == 4
+    assert all(row["rollouts/kl"] > 0 and 0.5 <= row["rollouts/kl/gate"] <= 20 for row in rows), "the threshold lies below, so the penalty acts"
+    assert rows[0]["rollouts/kl/reward"] == pytest.approx(rows[0]["reward/mean"], rel=1e-5) and rows[-1]["rollouts/kl/running"] != 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for gone in ("checkpoints/step_00000004", "export"):
+        shutil.rmtree(tmp_path / "again" / gone)
+    (tmp_path / "again" / "state.json").unlink(missing_ok=True)
+    again = train(tmp_path / "again", *words, "resume=auto")
+    assert "goes on after step 2 of 4" in again.output
+    for name in ("control/threshold", "rollouts/kl/running", "critic/score"):
+        assert [row[name] for row in again.rows[-2:]] == [row[name] for row in rows[-2:]], name
+    for kind in ("learner", "critic"):
+        ours, theirs = ((f / "checkpoints" / "step_00000004" / kind) for f in (again.folder, whole.folder))
+        assert [p.read_bytes() for p in sorted(ours.iterdir())] == [p.read_bytes() for p in sorted(theirs.iterdir())], kind
+
+
 def test_labels_at_the_ends_of_steps(tmp_path: Path) -> None:
     rows = [{"prompt": f"add {i}", "completions": ["go on", "a mistake" if i % 2 else "right"], "labels": [1, 1 - i % 2]} for i in range(32)]
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -68,6 +68,17 @@ def contrast(seqs: list[Sequence], own: float = 1.0, averaged: bool = False) -> 
     return total(values[: len(given)]) / len(given) - own * total(values[len(given) :]) / len(sampled)
 
 
+def gated(seqs: list[Sequence], threshold: float = -0.4, coef: float = 2.0, gate: bool = True, slope: str = "k2", power: int = 2) -> Tensor:
+    """The clipped surrogate with a critic, less a hinge on the step's mean log-ratio whose slope is that of an estimator of the KL."""
+    on = [(s, t) for s in of(seqs, "policy") for t in learnt(s, "policy")]
+    ratios = [s["l"][t] - s["base"][t] for s, t in on]
+    over = max(float(sum(float(d) for d in ratios)) / len(on) - threshold, 0.0)
+    entropy = sum(s["entropy"][t] for s, t in on) / len(on)
+    factor = max(0.5, 2.0 / (entropy + 0.1)) if gate else 1.0
+    kl = total([d**2 / 2 if slope == "k2" else d for d in ratios]) / len(on)
+    return gae(seqs, whiten=True, ddof=1) - coef * factor * power * over ** (power - 1) * kl
+
+
 @cache
 def graded(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> Data:
     """The common sequences with a label from 0 to 1 on every token, some hard and some soft."""
@@ -83,6 +94,7 @@ def graded(seed: int, advantage: Callable | None = None, spread: float = 0.25) -
 GAP = "streams.pairs.advantage.gap=margin"
 CENTRE = "regularizers.centre.coef=0.05"
 STEPS = "streams.steps.advantage.f=squared"
+ABOVE = ("regularizers.kl.threshold=-0.4", "regularizers.kl.coef=2.0", "regularizers.kl.decay=0.0")
 CASES = {
     "reward_model": Case("reward_model", reward_model, wrong=(partial(reward_model, margin=0.5), partial(reward_model, centre=0.1)), data=only),
     "reward_model with a margin and centring": Case(
@@ -110,6 +122,13 @@ CASES = {
         wrong=(partial(gae, coef=0.3, whiten=True, ddof=1), partial(gae, coef=0.3, each=True), partial(gae, lam=1.0, coef=0.3, each=True, whiten=True, ddof=1)),
     ),
     "concise_rl": Case("concise_rl", partial(gae, per_answer=True), wrong=(gae, partial(gae, lam=1.0, per_answer=True), partial(gae, coef=0.05, per_answer=True))),
+    "safe": Case("safe", partial(gae, whiten=True, ddof=1), wrong=(gated, partial(gae, coef=0.05, whiten=True, ddof=1))),
+    "safe, above the threshold": Case(
+        "safe",
+        gated,
+        overrides=ABOVE,
+        wrong=(partial(gae, whiten=True, ddof=1), partial(gated, gate=False), partial(gated, slope="k1"), partial(gated, power=1), partial(gated, threshold=-0.5)),
+    ),
     "ppo_gae": Case(
         "ppo_gae",
         partial(gae, coef=0.05, whiten=True, ddof=1),
