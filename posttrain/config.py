@@ -441,6 +441,8 @@ def check(config: RunConfig) -> None:
         limit = rollout.max_model_len
         prefixed = getattr(rollout.strategy, "needs_demos", False)
         require(not (rollout.environment and prefixed), "rollout.environment and a strategy with prefixes do not go together: set one of them to null")
+        forcing = hasattr(rollout.strategy, "forced_tokens")
+        require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
         require(
             limit is None or data.max_prompt_tokens + rollout.max_tokens <= limit,
             f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",
