@@ -533,6 +533,7 @@ async def open_stage(
             if getattr(strategy, "needs_demos", False):
                 strategy = strategy.with_demos(gate.demos)
             if hasattr(strategy, "with_tokenizer"):
+                assert pool is not None
                 strategy = strategy.with_tokenizer(tokenizer, config.rollout.max_tokens, pool.config.max_model_len)
             rollout = Engines(
                 pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps, config.advantage

@@ -1,4 +1,4 @@
-"""Advantages of a chain that was left early in several places (``rollout=exits``): who answered right first, and what each block of the chain was good for.
+"""Advantages of a chain that was left early in several places (``rollout=exits``): who answered right first, and what each block was good for.
 
 The members of a chain begin with the same tokens.  These are learnt from in one of them alone.  Partly our reading of the publications.
 """
@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from posttrain.advantage.group import Chain, GroupAdvantage, _with, rewards_of
 from posttrain.records import Group, Rollout, Segment, Source
+
+LEARNT = (Source.policy, Source.demo, Source.prefix)
+"""What is learnt from where a segment does not say which of its tokens are."""
 
 
 def place_of(rollout: Rollout) -> float:
@@ -34,9 +37,13 @@ def serial_groups(group: Group) -> list[Group]:
 
 def _back(group: Group, parts: Sequence[Group]) -> Group:
     """The samples of all parts in the group's order; the group is dropped where every part is."""
-    found = {r.sample_id: replace(r, advantage=None) if part.dropped is not None and group.dropped is None else r for part in parts for r in part.rollouts}
+    found: dict[str, Rollout] = {}
+    for part in parts:
+        left_out = part.dropped is not None and group.dropped is None
+        found |= {r.sample_id: replace(r, advantage=None) if left_out else r for r in part.rollouts}
     reasons = [part.dropped for part in parts]
-    return replace(group, rollouts=tuple(found[r.sample_id] for r in group.rollouts), dropped=group.dropped or (reasons[0] if reasons and all(reasons) else None))
+    dropped = group.dropped or (reasons[0] if reasons and all(reasons) else None)
+    return replace(group, rollouts=tuple(found[r.sample_id] for r in group.rollouts), dropped=dropped)
 
 
 def learnt_from(rollout: Rollout, start: int) -> Rollout:
@@ -46,7 +53,8 @@ def learnt_from(rollout: Rollout, start: int) -> Rollout:
         n = len(segment.ids)
         gone, start = min(start, n), max(start - n, 0)
         if gone:
-            kept = segment.trainable if isinstance(segment.trainable, tuple) else (segment.trainable and segment.source in (Source.policy, Source.demo, Source.prefix),) * n
+            flags = segment.trainable
+            kept = flags if isinstance(flags, tuple) else (flags and segment.source in LEARNT,) * n
             segment = replace(segment, trainable=(False,) * gone + kept[gone:])
         segments.append(segment)
     return replace(rollout, segments=tuple(segments))
@@ -59,8 +67,8 @@ class RankDecay:
     Equation: ``R = base^(k-1)`` for the k-th right answer in the order of the exits, the whole chain last; 0 for a wrong one.
     Source: S-GRPO, arXiv 2505.07686 (base 1/2 from a secondary source; one implementation halves the first one too).
 
-    ``base``: what is left of the reward from one right answer to the next.  ``above``: what counts as right.  It stands first in ``Serial``; samples whose verifier
-    failed have no rank.
+    ``base``: what is left of the reward from one right answer to the next.  ``above``: what counts as right.  It stands first in ``Serial``; samples
+    whose verifier failed have no rank.
 
     Wrong when: answers can be guessed: an early guess then takes the reward of the thought behind it.
     """
@@ -79,7 +87,8 @@ class RankDecay:
         rewards_of(group)
         right = [r.sample_id for r in sorted(group.rollouts, key=place_of) if r.reward is not None and r.reward > self.above]
         worth = {name: self.base**rank for rank, name in enumerate(right)}
-        return replace(group, rollouts=tuple(replace(r, reward=None if r.reward is None else worth.get(r.sample_id, 0.0), advantage=None) for r in group.rollouts))
+        rewards = [None if r.reward is None else worth.get(r.sample_id, 0.0) for r in group.rollouts]
+        return replace(group, rollouts=tuple(replace(r, reward=x, advantage=None) for r, x in zip(group.rollouts, rewards, strict=True)))
 
 
 def _decayed() -> Chain:
@@ -90,12 +99,12 @@ def _decayed() -> Chain:
 class Serial:
     """Every chain with its exits is a group of its own; the tokens they share are counted once.
 
-    Equation: a shared token gets the mean of ``A_i`` over the members i that hold it, in the longest of them, and nothing in the others; every answer
-    gets its own ``A_i``.
+    Equation: a shared token gets the mean of ``A_i`` over the members i that hold it, in the longest of them, and nothing in the others; every
+    answer gets its own ``A_i``.
     Source: S-GRPO, arXiv 2505.07686.  That shared tokens count once is our reading; as printed every member learns from all its tokens.
 
-    ``inner``: the estimator within a chain, ``RankDecay`` and the group mean by default.  ``shared``: ``once``, or ``every``: in each member, with its own ``A_i``.  The weight of
-    a shared token is then that of ``once`` times the members that hold it, and so is its share in a token mean.
+    ``inner``: the estimator within a chain, ``RankDecay`` and the group mean by default.  ``shared``: ``once``, or ``every``: in each member, with
+    its own ``A_i``.  The weight of a shared token is then that of ``once`` times the members that hold it, and so is its share in a token mean.
 
     Wrong when: samples that share nothing are to be compared: chains of one prompt do not meet here.
     """
@@ -123,7 +132,7 @@ class Serial:
         own = longest.advantage
         assert own is not None
         column = [own] * longest.num_tokens
-        for t in range(min(int(min(place_of(longest), longest.num_tokens)), longest.num_tokens)):
+        for t in range(int(min(place_of(longest), longest.num_tokens))):
             holding = [r.advantage for r in usable if place_of(r) > t]
             column[t] = math.fsum(holding) / len(holding)  # type: ignore[arg-type]
         return replace(longest, paid=tuple(column), placed=True)
@@ -133,17 +142,19 @@ class Serial:
 class Progress:
     """What each block of a chain adds to the chance of a right answer, as forced answers tell it.
 
-    Equation: ``A[t] = A_outcome + alpha (J_{j+1} - J_j)`` for a token of block j; ``J_j`` is the mean reward of the answers forced before block j, and
-    ``J`` behind the last block the chain's own reward.  ``credit=to_go`` adds the blocks that follow too: ``alpha (R - J_j)``.
-    Source: MRT, arXiv 2503.07572; alpha is not confirmed.  The released guide has the termination baseline alone, ``A = R - R_termination`` of the same
-    prefix: ``inner`` null, ``credit=to_go``.
+    Equation: ``A[t] = A_outcome + alpha (J_{j+1} - J_j)`` for a token of block j; ``J_j`` is the mean reward of the answers forced before block j,
+    and ``J`` behind the last block the chain's own reward.  ``credit=to_go`` adds the blocks that follow too: ``alpha (R - J_j)``.
+    Source: MRT, arXiv 2503.07572; alpha is not confirmed.  The released guide has the termination baseline alone, ``A = R - R_termination`` of the
+    same prefix: ``inner`` null, ``credit=to_go``.
 
-    ``inner``: the estimator of the outcome over the chains of a prompt; null for none.  ``alpha``: how much progress counts.  ``credit``: a token answers for
-    its ``block``, or for everything from there on (``to_go``).  The forced answers themselves are not learnt from, nor are tokens before the first exit.
+    ``inner``: the estimator of the outcome over the chains of a prompt; null for none.  ``alpha``: how much progress counts.  ``credit``: a token
+    answers for its ``block``, or for everything from there on (``to_go``).  The forced answers themselves are not learnt from, nor are tokens before
+    the first exit.
 
     The sum over the blocks is ``R - J_0``: nothing is paid twice.
 
-    Wrong when: one forced answer per exit (``rollout.strategy.samples``) is all there is and alpha is large: the progress of a block is then mostly noise.
+    Wrong when: one forced answer per exit (``rollout.strategy.samples``) is all there is and alpha is large: the progress of a block is then mostly
+    noise.
     """
 
     inner: Any = field(default_factory=GroupAdvantage)
@@ -186,11 +197,13 @@ class Progress:
         first = ends[0][0]
         if first >= chain.num_tokens:  # no forced answer could be judged: the outcome is all that is known
             return [replace(chain, advantage=base)]
-        return [replace(learnt_from(chain, first), advantage=math.fsum(column[first:]) / (chain.num_tokens - first), paid=tuple(column), placed=True)]
+        mean = math.fsum(column[first:]) / (chain.num_tokens - first)
+        return [replace(learnt_from(chain, first), advantage=mean, paid=tuple(column), placed=True)]
 
 
 def values(part: Group) -> list[tuple[int, float]]:
-    """(tokens of the chain, mean reward of the answers forced there), in order; at its end the chain's own reward.  Exits nobody could judge are left out."""
+    """(tokens of the chain, mean reward of the answers forced there), in order; at its end the chain's own reward.  Exits nobody could judge are
+    left out."""
     heard: dict[int, list[float]] = defaultdict(list)
     (chain,) = [r for r in part.rollouts if r.left is None]
     for rollout in part.rollouts:

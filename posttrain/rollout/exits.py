@@ -1,7 +1,7 @@
 """One chain of thought, left early in several places: after each of them words that force an answer, which nobody learns from, and the answer.
 
-A chain and the answers forced on it are one group.  The tokens they share are those that were sampled, with their log-probs; ``advantage.exits`` decides
-which copy of them is learnt from.
+A chain and the answers forced on it are one group.  The tokens they share are those that were sampled, with their log-probs; ``advantage.exits``
+decides which copy of them is learnt from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from posttrain.data.seeds import derive
@@ -58,13 +59,13 @@ class Exits:
     Source: the serial group of S-GRPO, arXiv 2505.07686; the forced answers of MRT, arXiv 2503.07572.
 
     ``exits``: places per chain, drawn among those that ``at`` allows; null takes them all.  ``at``: where a chain may be left (:class:`Tokens`,
-    :class:`Blocks`), always behind a token that was sampled, so never inside given ones.  ``start``: also before its first token.  ``until``: only before this text,
-    where it occurs.  ``samples``: answers at each place.  ``text``: the words that force an answer.  ``answer_tokens``: how long it may be, null for
-    ``rollout.max_tokens``.  ``judged``: what a reward sees of such a sample, the ``answer`` or the forcing words before it too (``words_and_answer``).
-    ``seed``: of the draws.  ``inner``: the strategy, ``Fixed`` by default; it decides on the chains alone.
+    :class:`Blocks`), always behind a token that was sampled, so never inside given ones.  ``start``: also before its first token.  ``until``: only
+    before this text, where it occurs.  ``samples``: answers at each place.  ``text``: the words that force an answer.  ``answer_tokens``: how long it
+    may be, null for ``rollout.max_tokens``.  ``judged``: what a reward sees of such a sample, the ``answer`` or the forcing words before it too
+    (``words_and_answer``).  ``seed``: of the draws.  ``inner``: the strategy, ``Fixed`` by default; it decides on the chains alone.
 
-    Places where words and answer do not fit into the engine's context are not used.  A group without an exit is dropped as ``no_exit``.  ``rollout.n`` counts
-    chains; the rewards in the metrics are those of chains and exits together.
+    Places where words and answer do not fit into the engine's context are not used.  A group without an exit is dropped as ``no_exit``.
+    ``rollout.n`` counts chains; the rewards in the metrics are those of chains and exits together.
     """
 
     exits: int | None = 8
@@ -106,15 +107,16 @@ class Exits:
         return len(_encode(tokenizer, self.text)) + (self.answer_tokens or max_tokens)
 
     def with_tokenizer(self, tokenizer: Any, max_tokens: int, limit: int) -> Exits:
-        """A copy that can cut.  ``max_tokens``: of an answer without a limit of its own.  ``limit``: tokens an engine takes.  Raises ``ValueError`` where
-        words and answer leave no room for a question."""
+        """A copy that can cut.  ``max_tokens``: of an answer without a limit of its own.  ``limit``: tokens an engine takes.  Raises ``ValueError``
+        where words and answer leave no room for a question."""
         words, answer = _encode(tokenizer, self.text), self.answer_tokens or max_tokens
         if len(words) + answer >= limit:
             raise ValueError(
                 f"rollout.strategy.text has {len(words)} tokens and its answer may have {answer}, which leaves nothing of the engine's {limit}; "
                 "shorten the text, lower rollout.strategy.answer_tokens, or raise rollout.max_model_len"
             )
-        return replace(self, words=words, answer_tokens=answer, limit=limit, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+        read = partial(tokenizer.decode, skip_special_tokens=True)
+        return replace(self, words=words, answer_tokens=answer, limit=limit, decode=read)
 
     # -- where, and what is asked there ---------------------------------------------------------------------------------------------
     def places(self, chain: Rollout, step: int) -> list[int]:
@@ -140,7 +142,8 @@ class Exits:
         said = (("assistant", self.decode(chain_ids(chain)[:place])), ("user", self.text))
         routing = None if chain.routing is None else chain.routing[: len(chain.prompt.ids) + place]
         kept = (*cut(chain.segments, place), forced)
-        return Rollout(chain.sample_id, chain.prompt, kept, "given", chain.sampling, text, turns=said, routing=routing, left=(chain.sample_id, place))
+        left = (chain.sample_id, place)
+        return Rollout(chain.sample_id, chain.prompt, kept, "given", chain.sampling, text, turns=said, routing=routing, left=left)
 
     # -- the strategy ---------------------------------------------------------------------------------------------------------------
     def num_prompts(self, info: StepInfo) -> int:
