@@ -23,7 +23,7 @@ from posttrain.folder import RunFolder
 from posttrain.heldout import HeldOut, sentence
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import PassThrough, changes
-from posttrain.records import Demo, Group, Pair, Prompt, Sampling
+from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Sampling
 from posttrain.report.reporter import Reporter
 from posttrain.update import Critic, Learn
 from posttrain.watchdog import Timings, together
@@ -44,13 +44,25 @@ class Engines:
     advantage: Any = None
 
     async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
+        from posttrain.rollout.exits import go_on
         from posttrain.rollout.prefix import behind, put_back
         from posttrain.rollout.strategy import collect
 
         async def sample(
-            prompts: Sequence[Any], n: int, first: int = 0, greedy: bool = False, prefixes: Sequence[Sequence[int]] | None = None
+            prompts: Sequence[Any],
+            n: int,
+            first: int = 0,
+            greedy: bool = False,
+            prefixes: Sequence[Sequence[int]] | None = None,
+            begins: Sequence[Rollout] | None = None,
+            max_tokens: int | None = None,
         ) -> list[Group]:
             sampling = replace(self.sampling, temperature=0.0) if greedy else self.sampling
+            sampling = replace(sampling, max_tokens=max_tokens or sampling.max_tokens)
+            if begins is not None:
+                begun = [behind(prompt, [i for s in begin.segments for i in s.ids]) for prompt, begin in zip(prompts, begins, strict=True)]
+                groups = await self.pool.sample(begun, n, sampling, step, first=first)
+                return [go_on(g, begin) for g, begin in zip(groups, begins, strict=True)]
             if prefixes is None:
                 return await self.pool.sample(prompts, n, sampling, step, first=first)
             begun = [behind(prompt, prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
@@ -330,7 +342,7 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
     answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
     judging = [j for j in judges(config.reward.fn).values() if j.model == POLICY]
     question = longest(judging, Renderer(tokenizer), config.data.max_prompt_tokens, answer) if judging else 0
-    played = config.data.max_prompt_tokens + prefix + answer
+    played = config.data.max_prompt_tokens + prefix + answer + forced_tokens(config, tokenizer)
     if rollout.environment is not None:
         from posttrain.rollout.environment import check_environment
         from posttrain.rollout.environment import longest as episode
@@ -368,6 +380,16 @@ def make_pool(config: RunConfig, tokenizer: Any, version: int = 0) -> Any:
 
     assert engine.max_model_len is not None
     return Playing(pool, rollout.environment, Renderer(tokenizer), engine.max_model_len - 1, config.seed)
+
+
+def forced_tokens(config: RunConfig, tokenizer: Any = None) -> int:
+    """Tokens that a strategy may put behind a whole answer: words that force another one, and that one."""
+    room = getattr(config.rollout.strategy, "forced_tokens", None)
+    if room is not None and tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    return 0 if room is None else room(tokenizer, config.rollout.max_tokens)
 
 
 def sampling_of(config: RunConfig, evaluation: bool = False) -> Sampling:
@@ -519,6 +541,9 @@ async def open_stage(
                 strategy = strategy.with_demos(gate.demos)
             if getattr(strategy, "continues", False):
                 strategy = strategy.with_decode(pool.decode)
+            if hasattr(strategy, "with_tokenizer"):
+                assert pool is not None
+                strategy = strategy.with_tokenizer(tokenizer, config.rollout.max_tokens, pool.config.max_model_len)
             rollout = Engines(
                 pool, rewards, sampler, records, strategy, sampling_of(config), config.rollout.prompts_per_step, config.steps, config.advantage
             )

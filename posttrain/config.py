@@ -451,6 +451,8 @@ def check(config: RunConfig) -> None:
         require(not making or given or rollout.n > 1, f"rollout.n={rollout.n}: the best answer to a prompt needs a worst; set rollout.n to 2 or more")
         limit = rollout.max_model_len
         prefixed, continued = (getattr(rollout.strategy, name, False) for name in ("needs_demos", "continues"))
+        forcing = hasattr(rollout.strategy, "forced_tokens")
+        require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
         require(
             continued or not getattr(config.mixture.gate, "needs_continuations", False),
             f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "

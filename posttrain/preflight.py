@@ -227,6 +227,7 @@ def context(config: RunConfig, records: list[Any]) -> None:
     """Whether prompts with their answers, and given texts, fit into the positions the model knows, and whether there are experts to replay."""
     from transformers import AutoConfig
 
+    from posttrain.build import forced_tokens
     from posttrain.records import Demo, Pair
 
     assert config.model.path is not None
@@ -240,7 +241,13 @@ def context(config: RunConfig, records: list[Any]) -> None:
     rollout, data = config.rollout, config.data
     if cluster._samples(config):
         answer = max(rollout.max_tokens, config.eval.max_tokens or 0)
-        asked = rollout.max_model_len or data.max_prompt_tokens + answer + 1
+        forced = forced_tokens(config)
+        asked = rollout.max_model_len or data.max_prompt_tokens + answer + forced + 1
+        if forced >= asked:
+            raise ConfigError(
+                f"rollout.max_model_len={asked} leaves no room for the words that force an answer and the answer ({forced} tokens): raise it, shorten "
+                "rollout.strategy.text, or lower rollout.strategy.answer_tokens"
+            )
         if rollout.environment is not None:
             from posttrain.rollout.environment import check_environment, longest
 
@@ -257,7 +264,8 @@ def context(config: RunConfig, records: list[Any]) -> None:
                 )
         if asked > limit:
             raise ConfigError(
-                f"the model's context is {limit} tokens, but data.max_prompt_tokens={data.max_prompt_tokens} and answers of {answer} need {asked}; "
+                f"the model's context is {limit} tokens, but data.max_prompt_tokens={data.max_prompt_tokens} and answers of {answer} need {asked}"
+                f"{f' with {forced} of forced answers' if forced else ''}; "
                 "lower data.max_prompt_tokens, rollout.max_tokens or eval.max_tokens"
             )
     demos = [d for r in records for d in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r,) if isinstance(r, Demo) else ())]

@@ -124,7 +124,8 @@ class Rollout:
     required score failed; ``advantage`` is one number for the sample.  ``turns``: who said what, when there was more than one turn; ``text`` is then the
     last answer.  ``routing``: ``[tokens, layers, K]`` int16, the experts that the engine chose while it read each token, prompt included (the last token was never
     read).  ``paid``: what every token earned, in the order of the segments, where a reward says so; it adds up to ``reward``.  ``placed``: whether
-    these, in the place of ``advantage``, are what a row's advantage column holds."""
+    these, in the place of ``advantage``, are what a row's advantage column holds; an advantage that differs from token to token is written there too.
+    ``left``: which sample's beginning this one shares, and how many of its tokens, when an answer was forced on it there."""
 
     sample_id: str
     prompt: Prompt
@@ -139,6 +140,7 @@ class Rollout:
     routing: Tensor | None = field(default=None, compare=False)
     paid: tuple[float, ...] | None = None
     placed: bool = False
+    left: tuple[str, int] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -29,13 +29,21 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Ask:
-    """``n`` samples of one prompt, numbered from ``first``; ``greedy`` ones are sampled at temperature 0; all begin with ``prefix``."""
+    """``n`` samples of one prompt, numbered from ``first``; ``greedy`` ones are sampled at temperature 0; all begin with ``prefix``, or go on from
+    ``begin``.  ``max_tokens``: of these samples, null for the run's."""
 
     prompt: Prompt
     n: int
     first: int = 0
     greedy: bool = False
     prefix: tuple[int, ...] = ()
+    begin: Rollout | None = None
+    max_tokens: int | None = None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What asks must have in common to be one call."""
+        return self.n, self.first, self.greedy, bool(self.prefix), self.begin is not None, self.max_tokens
 
 
 class RolloutStrategy(Protocol):
@@ -238,7 +246,8 @@ async def collect(
     """Draw, sample, score and admit until there are ``target_groups`` or the strategy ends the step.
 
     ``sample(prompts, n)`` returns one group per prompt, in order (``sample(prompts, n, first=k)`` continues a group at sample ``k``,
-    ``greedy=True`` asks for temperature 0, and ``prefixes`` has the tokens with which the answers to each prompt begin).
+    ``greedy=True`` asks for temperature 0, ``prefixes`` has the tokens with which the answers to each prompt begin, ``begins`` the rollouts that they go on
+    from, and ``max_tokens`` the length of these answers).
     Returns the kept groups in the order they were drawn, and the counts ``rollout/{generated,kept,dropped/REASON,...}``.  No prompt is
     used twice in a step: a repeated draw is counted as ``repeat`` and drawn again.  Raises what ``strategy.short`` raises.
     """
@@ -300,12 +309,13 @@ def _draw(
 
 async def _sample(sample: Callable[..., Awaitable[Sequence[Group]]], asks: Sequence[Ask]) -> list[Group]:
     """One call per group size; one group per prompt comes back, in the order of the asks, with the answers of all asks for it."""
-    shapes = dict.fromkeys((ask.n, ask.first, ask.greedy, bool(ask.prefix)) for ask in asks)
     answered: dict[str, Group] = {}
-    for n, first, greedy, prefixed in shapes:
-        alike = [ask for ask in asks if (ask.n, ask.first, ask.greedy, bool(ask.prefix)) == (n, first, greedy, prefixed)]
+    for shape in dict.fromkeys(ask.shape for ask in asks):
+        alike = [ask for ask in asks if ask.shape == shape]
+        n, first, greedy, prefixed, begun, max_tokens = shape
         extra: dict[str, Any] = ({"first": first} if first else {}) | ({"greedy": True} if greedy else {})
         extra |= {"prefixes": [ask.prefix for ask in alike]} if prefixed else {}
+        extra |= ({"begins": [ask.begin for ask in alike]} if begun else {}) | ({"max_tokens": max_tokens} if max_tokens else {})
         for group in await sample([ask.prompt for ask in alike], n, **extra):
             before = answered.get(group.id)
             answered[group.id] = group if before is None else replace(before, rollouts=before.rollouts + group.rollouts)

@@ -30,6 +30,7 @@ from posttrain.advantage import (
     Reward,
     RunningBaseline,
 )
+from posttrain.advantage.exits import Progress, Serial
 from posttrain.advantage.shape import ByDirection, Diverse, ScaleBy, TailRisk, TrustMix
 
 FOLDER = Path(posttrain.__file__).parents[1] / "configs" / "advantage"
@@ -62,6 +63,9 @@ EXPECTED = {
     "constant": Constant(),
     "placed": Placed(),
     "prefix_aware": FreeBaseline(),
+    "serial": Serial(),
+    "progress": Progress(),
+    "termination": Progress(None, credit="to_go"),
     "positive": Chain({"reward": Reward(), "positive": PositivePart()}),
     "extremes": Chain({"center": GroupAdvantage(scale="none"), "extremes": Extremes()}),
 }

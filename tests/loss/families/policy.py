@@ -463,6 +463,12 @@ def fresh_trust(groups: list[Group]) -> list[Group]:
     return Chain({"shape": TrustMix("form", above=0.1), "norm": NORM})(groups)
 
 
+def placed_by_answer(seqs: Seqs) -> Tensor:
+    """The clipped surrogate with an advantage for every token, a mean over answers of their tokens' means."""
+    group = of(seqs, "policy")
+    return total([surrogate(s, t, s["a"][t]) / len(learnt(s, "policy")) for s in group for t in learnt(s, "policy")]) / len(group)
+
+
 def tail_risk(seqs: Seqs, s: Sequence, w: float = 1.5) -> float:
     """Bundles of one question, against quantiles of 0.25 and 0.8."""
     x = s["reward"]
@@ -641,6 +647,8 @@ CASES: dict[str, Case] = {
         wrong=(lambda s: clipped(s, advantage_center), lambda s: clipped(s, lambda q, x: shaped_by_group(q, x, 1.0))),
     ),
     "trust_grpo": Case("trust_grpo", trust_grpo, fresh_trust, wrong=(lambda s: trust_grpo(s, 0.0), naive.grpo_with_k3)),
+    "s_grpo": Case("s_grpo", naive.ppo, wrong=(naive.ppo_without_min, placed_by_answer)),
+    "mrt": Case("mrt", placed_by_answer, wrong=(naive.ppo, naive.grpo)),
     "riskpo": Case(
         "riskpo",
         lambda s: clipped(s, tail_risk, "sequence"),
