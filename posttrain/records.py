@@ -124,7 +124,7 @@ class Rollout:
     required score failed; ``advantage`` is one number for the sample.  ``turns``: who said what, when there was more than one turn; ``text`` is then the
     last answer.  ``routing``: ``[tokens, layers, K]`` int16, the experts that the engine chose while it read each token, prompt included (the last token was never
     read).  ``paid``: what every token earned, in the order of the segments, where a reward says so; it adds up to ``reward``.  ``placed``: whether
-    these, in the place of ``advantage``, are what a row's advantage column holds."""
+    these, in the place of ``advantage``, are what a row's advantage column holds (an estimator may then put a number of its own on every token)."""
 
     sample_id: str
     prompt: Prompt

@@ -99,3 +99,50 @@ def test_a_corrupted_input_is_no_padding() -> None:
         and a.lengths.tolist() == b.lengths.tolist()
         and a.trainable.tolist() == b.trainable.tolist()
     )
+
+
+def test_an_entropy_of_another_temperature_is_another_loss() -> None:
+    """The release samples and takes the entropy at temperature 0.5: at 1 the gradient in the logits differs in size and direction."""
+    assert composed("entropy_min").needs.temperature == 0.5
+    z, found = torch.tensor([1.0, 0.2, -0.7], dtype=F64), {}
+    for tau in (0.5, 1.0):
+        leaf = z.clone().requires_grad_()
+        row = torch.log_softmax(leaf / tau, 0)
+        out = composed("entropy_min")(given([0.0], source="policy"), row[:1], {"entropy": -(row.exp() * row).sum()[None]})
+        found[tau] = -torch.autograd.grad(out.loss, leaf)[0]
+        p = row.exp().detach()
+        exact = p * (row.detach() - (p * row.detach()).sum()) / tau
+        torch.testing.assert_close(found[tau], exact, rtol=1e-10, atol=1e-14)
+    assert float((found[0.5] - found[1.0]).norm() / found[1.0].norm()) > 0.1
+
+
+def test_a_mean_of_micro_batch_means_favours_short_micro_batches() -> None:
+    """Several frameworks, and the releases of DFT, ASFT and the probability family, average the micro-batches' own token means."""
+    batch, parts = given([-1.0] * 2, [-1.0] * 9), [[0], [1]]
+    for name in ("sft", "dft", "asft", "probability_power"):
+        objective = composed(name, ("regularizers.kl=null",))
+        whole = batch.replace(totals=objective.totals(batch))
+        ours = torch.cat([objective.weights(whole.take(part)) for part in parts])
+        wrong = torch.cat([objective.weights(batch.take(part).replace(totals=None)) / 2 for part in parts])
+        assert float(ours.max()) == pytest.approx(float(ours.min())) and float(wrong[0] / wrong[-1]) == pytest.approx(4.5)
+
+
+def test_masked_teacher_tokens_do_not_fall_back_to_the_clipped_ratio() -> None:
+    """A release drops an improbable token of a bad answer from its own ratio only, so the ordinary one goes on pushing it down."""
+    rows = [Row(ids=[1, 2, 3], sources=["prompt", "prefix", "policy"], logps={"current": [0.0, math.log(0.001), -1.0], "old": [0.0, math.log(0.0011), -1.0]}, advantage=-1.0)]
+    batch = TokenBatch.from_sequences(rows, dtype=F64, fresh=False)
+    weights = composed("think_tuning").weights(batch).tolist()
+    assert weights[0] == 0.0 and weights[1] == pytest.approx(-1.0)
+    ordinary = composed("grpo", ("streams.rollouts.source=[policy,prefix]", "streams.rollouts.aggregation={_target_: posttrain.loss.aggregate.TokenMean}"))
+    assert ordinary.weights(batch).tolist()[0] == pytest.approx(-0.5 * 0.001 / 0.0011)
+
+
+def test_old_failures_wait_behind_new_ones_only_where_told() -> None:
+    """The release puts new failures in front, so that the oldest can wait for ever."""
+    shelf = Demos([demo(name) for name in ("a", "b", "c")])
+    failed = [group(name, 0.0, 0.0) for name in ("a", "b", "c")]
+    for order, expected in (("newest", ["c", "b"]), ("oldest", ["a", "b"])):
+        gate = Buffer(size=2, order=order)
+        gate(failed[:1], shelf, 0, 0.0)
+        out = gate(failed[1:], shelf, 1, 0.0)
+        assert sorted(i.id for i in out if isinstance(i, Demo)) == sorted(expected)
