@@ -202,7 +202,8 @@ class _LinearKL(torch.autograd.Function):
             logp = torch.log_softmax(_logits(hidden[rows], weight, bias, temperature, dtype), -1)
             logq = torch.log_softmax(_logits(base_hidden[rows], base_weight, base_bias, temperature, dtype), -1)
             p = logp.exp()
-            grad_z = torch.where(p > 0, grad_reverse[rows, None] * p * (logp - logq - reverse[rows, None]), 0.0)
+            asked = (p > 0) & (grad_reverse[rows, None] != 0)  # where the base forbids a token KL(p||q) is infinite, and 0 * inf would spoil KL(q||p)
+            grad_z = torch.where(asked, grad_reverse[rows, None] * p * (logp - logq - reverse[rows, None]), 0.0)
             grad_z += grad_forward[rows, None] * (p - logq.exp())
             sums.add(rows, grad_z)
         return sums.result(5)
@@ -222,7 +223,7 @@ def linear_kl(
     """Full-vocabulary ``(KL(pi || base), KL(base || pi))`` per row, each ``[N]`` in nats, with gradient to ``hidden``, ``weight`` and ``bias``.
 
     Both distributions use the same ``temperature``.  Nothing flows into the base.  A token the base forbids (``-inf``) but the policy allows
-    makes ``KL(pi || base)`` infinite, as it should.
+    makes ``KL(pi || base)`` infinite, as it should; ``KL(base || pi)`` and its gradient stay finite.
     """
     _check(hidden, weight, None, temperature, chunk)
     _check(base_hidden, base_weight, None, temperature, chunk)

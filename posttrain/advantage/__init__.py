@@ -1,7 +1,16 @@
 """Rewards -> advantages, on the controller, before the batch is packed.  An estimator is a callable ``groups -> groups``."""
 
 from posttrain.advantage.group import BatchWhiten, Chain, GroupAdvantage, Reward, statistics
-from posttrain.advantage.pick import Among, BestMinusSecond, Extremes, GreedyBaseline, PromptBaseline, RunningBaseline, soft_maximum
+from posttrain.advantage.pick import (
+    Among,
+    BestMinusSecond,
+    DropRepeats,
+    Extremes,
+    GreedyBaseline,
+    PromptBaseline,
+    RunningBaseline,
+    soft_maximum,
+)
 from posttrain.advantage.plain import Constant, FreeBaseline, Placed, PositivePart
 from posttrain.advantage.step import BatchScale, BetaNorm, DropOutliers, LiveGroups, PerReward
 
@@ -14,6 +23,7 @@ __all__ = [
     "Chain",
     "Constant",
     "DropOutliers",
+    "DropRepeats",
     "Extremes",
     "FreeBaseline",
     "GreedyBaseline",

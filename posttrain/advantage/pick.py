@@ -155,6 +155,33 @@ class Extremes:
 
 
 @dataclass(frozen=True)
+class DropRepeats:
+    """Of answers with the same tokens in a group, only the first is learnt from; the others get no advantage and leave the step.
+
+    Equation: ``A_i`` where no earlier answer of the group with a reward is token for token the same, nothing elsewhere.
+    Source: rejection sampling, RAFT, arXiv 2304.06767, where repeats of a good answer may count once or each time; the default there is each time.
+
+    It stands last in a chain: the baseline is that of the whole group.
+
+    Wrong when: frequency is the point: an answer sampled often then counts as one sampled once, and the estimate of an expectation is no longer one.
+    """
+
+    def __call__(self, groups: Sequence[Group]) -> list[Group]:
+        return [self._one(group) for group in groups]
+
+    @staticmethod
+    def _one(group: Group) -> Group:
+        seen: set[tuple[int, ...]] = set()
+        out = []
+        for rollout in group.rollouts:
+            ids = tuple(t for s in rollout.segments for t in s.ids)
+            out.append(replace(rollout, advantage=None) if rollout.reward is not None and ids in seen else rollout)
+            if rollout.reward is not None:
+                seen.add(ids)
+        return replace(group, rollouts=tuple(out))
+
+
+@dataclass(frozen=True)
 class Among:
     """Only ``keep`` answers of a group are compared and learnt from: the shortest, or those with the most reward per token; the others leave the step.
 

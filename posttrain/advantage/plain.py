@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from posttrain.records import Group, Rollout, Source
+
+GIVEN = (Source.prefix, Source.demo)
 
 
 @dataclass(frozen=True)
@@ -63,28 +66,42 @@ class FreeBaseline:
     """Rewards compared with those of the answers nobody helped.
 
     Equation: ``A_i = R_i - mean of R over the answers of the group without given tokens``.
-    Source: the prefix advantage of Prefix-RFT, arXiv 2507.01679 (for the continuation its code has other variants; here both parts of an answer share one
-    number, our reading).
+    Source: the prefix advantage of Prefix-RFT, arXiv 2507.01679; its release divides it by the continuations per prefix, one here.
 
+    ``continuation``: of what the policy wrote behind given tokens: ``same`` is the number of the whole answer (our reading), ``reward`` is R without a
+    baseline and ``zero`` nothing, the two estimators of the release for a prefix that is continued once; given tokens keep ``A_i``.
     A group without a free answer, or with one answer, gives 0.
 
     Wrong when: the free answers are always wrong: the baseline is then 0 and every helped answer that is right is pushed up in full.
     """
 
+    continuation: Literal["same", "reward", "zero"] = "same"
     needs_group = True
+
+    def __post_init__(self) -> None:
+        if self.continuation not in ("same", "reward", "zero"):
+            raise ValueError(f"FreeBaseline: continuation={self.continuation!r} does not exist; choose same, reward or zero")
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         return [self._one(group) for group in groups]
 
     def _one(self, group: Group) -> Group:
-        rewards = [(r.reward, not any(s.source in (Source.prefix, Source.demo) for s in r.segments)) for r in group.rollouts]
+        rewards = [(r.reward, not any(s.source in GIVEN for s in r.segments)) for r in group.rollouts]
         if bad := [r.sample_id for r in group.rollouts if r.reward is not None and not math.isfinite(r.reward)]:
             raise ValueError(f"the reward of sample {bad[0]!r} is not finite; a reward that cannot be computed must be None")
         free = [reward for reward, alone in rewards if alone and reward is not None]
         usable = sum(reward is not None for reward, _ in rewards)
         base = math.fsum(free) / len(free) if free and usable > 1 else None
         values = [None if reward is None else 0.0 if base is None else reward - base for reward, _ in rewards]
-        return replace(group, rollouts=tuple(replace(r, advantage=v) for r, v in zip(group.rollouts, values, strict=True)))
+        both = zip(group.rollouts, values, rewards, strict=True)
+        return replace(group, rollouts=tuple(self._parts(r, v) if v is not None and not alone and base is not None else replace(r, advantage=v) for r, v, (_, alone) in both))
+
+    def _parts(self, rollout: Rollout, value: float) -> Rollout:
+        """A helped answer: one number for the given tokens, another for those behind them."""
+        if self.continuation == "same":
+            return replace(rollout, advantage=value)
+        own = rollout.reward if self.continuation == "reward" else 0.0
+        return replace(rollout, advantage=value, placed=True, paid=tuple(value if s.source in GIVEN else own for s in rollout.segments for _ in s.ids))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -137,13 +137,14 @@ class MarginalShare:
     Equation: the objective of a group is ``(1/beta) log sum_k exp(beta s_k)``, ``s_k`` the log-likelihood of answer k, so ``A_k = softmax(beta s)_k``.
     Source: learning from self-sampled correct and partially-correct programs, arXiv 2205.14318.
 
-    ``beta``: 1 is the marginal likelihood, towards 0 every answer counts alike; above 0.  For ``aggregate.GroupSum``.  A sequence without a group is
-    alone.
+    ``beta``: 1 is the marginal likelihood, towards 0 every answer counts alike; above 0.  ``length_norm``: ``s_k`` is the mean over the answer's tokens instead of their
+    sum, and so is its derivative: for ``aggregate.GroupSumTokenMean``; without it for ``aggregate.GroupSum``.  A sequence without a group is alone.
 
     Wrong when: answers are long and ``beta`` is near 1: the most probable one takes everything (watch ``effective_answers``).
     """
 
     beta: Scalar = 0.25
+    length_norm: bool = False
     coupling = "group"
     live = True
 
@@ -153,10 +154,10 @@ class MarginalShare:
 
     @property
     def formula(self) -> str:
-        return f"softmax_group({number(self.beta)} sum l)"
+        return f"softmax_group({number(self.beta)} {'mean' if self.length_norm else 'sum'} l)"
 
     def _share(self, view: TokenView) -> Tensor:
-        score = view.at(self.beta) * view.seq_sum(view.logp)
+        score = view.at(self.beta) * (view.seq_mean(view.logp) if self.length_norm else view.seq_sum(view.logp))
         group = view.batch.group
         codes = torch.where(group >= 0, group, -1)
         top = torch.full((int(codes.max()) + 2 if len(codes) else 1,), -math.inf, dtype=score.dtype, device=score.device)

@@ -46,6 +46,28 @@ def test_helped_answers_are_compared_with_free_ones() -> None:
         advantages(FreeBaseline(), math.nan, 1.0)
 
 
+def test_what_is_written_behind_a_prefix_may_be_paid_otherwise_than_the_prefix() -> None:
+    """The release gives the continuation of a single hybrid its raw reward, or nothing; the prefix is compared with the free answers in all three."""
+    from dataclasses import replace
+
+    from posttrain.data.rows import to_rows
+    from posttrain.records import Segment, Source
+
+    free = group("q", 1.0, 0.0, 0.0, 1.0)
+    hybrid = replace(free.rollouts[3], segments=(Segment((4, 5), Source.prefix), *free.rollouts[3].segments))
+    mixed = replace(free, rollouts=(*free.rollouts[:3], hybrid))
+    for continuation, expected in (("same", 2 / 3), ("reward", 1.0), ("zero", 0.0)):
+        *others, row = to_rows(FreeBaseline(continuation)([mixed]))
+        columns = row.advantage if isinstance(row.advantage, list) else [row.advantage] * len(row.ids)
+        told = {source: [columns[i] for i, s in enumerate(row.sources) if s == source] for source in set(row.sources)}
+        assert told[Source.prefix] == pytest.approx([2 / 3] * 2) and told[Source.policy] == pytest.approx([expected] * 2)
+        assert [r.advantage for r in others] == pytest.approx([2 / 3, -1 / 3, -1 / 3]), "free answers are compared as ever"
+    alone = replace(mixed, rollouts=(hybrid,))
+    assert [r.advantage for r in to_rows(FreeBaseline("reward")([alone]))] == [0.0], "without free answers there is nothing to compare with"
+    with pytest.raises(ValueError, match="continuation='raw' does not exist; choose same, reward or zero"):
+        FreeBaseline("raw")  # type: ignore[arg-type]
+
+
 def _with_nan(g: object) -> object:
     from dataclasses import replace
 

@@ -75,6 +75,9 @@ def test_where_a_factor_stands_is_the_method() -> None:
     assert values(Chain({"c": center, "s": ScaleBy()}), easy, hard) == [0.25, -0.25, 1.0, -1.0]
     assert values(Chain({"s": ScaleBy(), "n": exact}), easy, hard) == [1.0, -1.0, 1.0, -1.0], "a normalisation takes it away"
     assert values(Chain({"n": exact, "s": ScaleBy()}), easy, hard) == [0.5, -0.5, 2.0, -2.0]
+    for factor in (1.0, 0.0, -1.0):
+        told = replace(easy, prompt=replace(easy.prompt, meta={"difficulty": factor}))
+        assert values(Chain({"c": center, "s": ScaleBy()}), told) == [factor * a for a in values(center, easy)], "nothing, or turned round: as told"
     with pytest.raises(ValueError, match="'level', not None"):
         ScaleBy("level")([easy])
 
@@ -97,6 +100,12 @@ def test_tail_risk_of_a_bundle() -> None:
     resumed = TailRisk()
     resumed.load_state_dict(pickle.loads(pickle.dumps(term.state_dict())))
     assert resumed.quantiles == term.quantiles
+
+
+def test_equal_quantiles_leave_the_tail_alone() -> None:
+    """Where both quantiles meet, the middle is nothing, and nothing is divided by their distance."""
+    term = TailRisk(quantiles=[2.0, 2.0])
+    assert [term.value(s) for s in (0.0, 1.0, 2.0, 5.0)] == pytest.approx([-1.5 * 2 / 0.2 / 2.5, -1.5 / 0.2 / 2.5, 0.0, 0.0])
 
 
 def test_the_tracked_quantiles_settle_where_they_belong() -> None:

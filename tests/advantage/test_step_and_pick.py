@@ -16,6 +16,7 @@ from posttrain.advantage import (
     BetaNorm,
     Chain,
     DropOutliers,
+    DropRepeats,
     Extremes,
     GreedyBaseline,
     GroupAdvantage,
@@ -170,6 +171,16 @@ def test_extremes() -> None:
     kept = to_rows(chain([group(0.5, 1.0, 0.0, 0.25)]))
     assert [row.sample_id for row in kept] == ["q/1", "q/2", "q/3"]
     assert chain([group(0.5, 1.0, 0.0, 0.25)])[0].rollouts[0].reward == 0.5
+
+
+def test_repeats_of_an_answer_count_once() -> None:
+    said = group(1.0, 1.0, None, 1.0, 0.0)
+    words = ((7,), (8,), (9,), (7,), (9,))
+    told = replace(said, rollouts=tuple(replace(r, segments=(replace(r.segments[0], ids=w, logprobs=(-1.0,)),)) for r, w in zip(said.rollouts, words, strict=True)))
+    chain = Chain({"center": CENTER, "once": DropRepeats()})
+    assert values(CENTER, told) == [0.25, 0.25, None, 0.25, -0.75]
+    assert values(chain, told) == [0.25, 0.25, None, None, -0.75], "an answer whose verifier failed is nobody's first"
+    assert values(chain, told, replace(told, prompt=replace(told.prompt, id="r")))[5:] == [0.25, 0.25, None, None, -0.75], "other prompts are no repeats"
 
 
 # -- the whole step ----------------------------------------------------------------------------------------------------------------

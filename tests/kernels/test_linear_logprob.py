@@ -161,6 +161,20 @@ def test_kl_parity_in_both_directions(temperature: float) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_token_the_base_forbids_makes_one_direction_infinite() -> None:
+    """Base probability 0: the forward KL stays finite with a gradient of pi - base, the reverse KL is infinite, as it should be."""
+    hidden, weight, _, _ = inputs()
+    forbidden = torch.zeros(V, dtype=torch.float64)
+    forbidden[3] = -math.inf
+    other = (torch.randn(N, 4, dtype=torch.float64), torch.randn(V, 4, dtype=torch.float64))
+    for chunk in (2, 100):
+        reverse, forward = linear_kl(hidden, weight, *other, chunk=chunk, base_bias=forbidden)
+        assert bool((reverse == math.inf).all()) and bool(torch.isfinite(forward).all())
+        (found,) = torch.autograd.grad(forward.sum(), hidden)
+        p, base = torch.softmax(hidden.detach() @ weight.detach().T, 1), torch.softmax(other[0] @ other[1].T + forbidden, 1)
+        torch.testing.assert_close(found, (p - base) @ weight.detach(), rtol=1e-9, atol=1e-12)
+
+
 def test_kl_to_itself_is_zero_and_flat() -> None:
     hidden, weight, _, _ = inputs()
     both = linear_kl(hidden, weight, hidden.detach(), weight.detach(), chunk=4)

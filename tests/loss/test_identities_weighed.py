@@ -14,7 +14,7 @@ from posttrain.contrib.guided import AdvantageSaturating
 from posttrain.loss import advantage
 from posttrain.records import Row, TokenBatch
 from posttrain.testing.check import objective_with
-from tests.loss.cases import NORM, composed
+from tests.loss.cases import CENTER, NORM, composed
 from tests.loss.families.hybrids import PREFIXES, TURNS, mixed
 from tests.loss.test_identities_hybrids import F64, given
 
@@ -149,6 +149,15 @@ def test_shares_of_several_answers() -> None:
     assert per_answer("multi_target", huge, f"{beta}=1.0") == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
 
 
+def test_long_answers_need_not_lose_to_short_ones() -> None:
+    """By sums an answer of twice the length at the same likelihood per token has almost no share; by means both have half."""
+    batch = answers([2.0] * 10, [2.0] * 20, groups=["q", "q"])
+    by_mean = ("streams.targets.advantage.length_norm=true", "streams.targets.aggregation._target_=posttrain.loss.aggregate.GroupSumTokenMean")
+    sums = per_answer("multi_target", batch, "streams.targets.advantage.beta=1.0")
+    assert sums[1] / sums[0] == pytest.approx(2 * math.exp(-20.0))
+    assert per_answer("multi_target", batch, *by_mean) == pytest.approx([0.5, 0.5])
+
+
 # -- multipliers ------------------------------------------------------------------------------------------------------------------------
 def run_duals(loss: float, steps: int, memory: dict[str, float] | None = None, **settings: float) -> tuple[list[float], dict[str, float]]:
     objective = composed("feasible", tuple(f"streams.demos.advantage.{k}={v}" for k, v in settings.items()))
@@ -225,6 +234,38 @@ def test_one_token_rollouts_are_dft_in_expectation(beta: float) -> None:
         drawn = sum(p[a] * paid[a] * (torch.eye(3, dtype=F64)[a] - p) for a in range(3))
         w = float(composed("otr", (f"streams.demos.advantage.value={1 - beta}",)).weights(given([float(p[label].log())])))
         torch.testing.assert_close(w * (torch.eye(3, dtype=F64)[label] - p), drawn, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize(("temperature", "same"), [(1.0, True), (1.3, False)])
+def test_drawn_tokens_come_to_the_closed_form_at_temperature_1_alone(temperature: float, same: bool) -> None:
+    """K draws at a position, paid 1 for the label and -0.1 otherwise: their mean tends to the closed form, and K times its variance stays; at another
+    temperature the direction differs and the part of beta does not cancel."""
+    draw, label, beta = torch.Generator().manual_seed(0), 1, -0.1
+    z = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=F64)
+    p, q, eye = torch.softmax(z, 0), torch.softmax(z / temperature, 0), torch.eye(4, dtype=F64)
+    closed = float(composed("otr").weights(given([float(p[label].log())]))) * (eye[label] - p)
+    spread = []
+    for k in (4, 64):
+        tokens = torch.multinomial(q, 2000 * k, replacement=True, generator=draw).view(2000, k)
+        paid = torch.where(tokens == label, 1.0, beta).to(F64)
+        estimates = (paid[..., None] * (eye[tokens] - p)).mean(1)
+        spread.append(k * float(estimates.var(0).sum()))
+        near = float((estimates.mean(0) - closed).norm() / closed.norm())
+        assert near < 0.1 if same else near > 0.2
+    assert spread[0] == pytest.approx(spread[1], rel=0.1)
+    exact = sum(q[a] * (1.0 if a == label else beta) * (eye[a] - p) for a in range(4))
+    zero = sum(q[a] * (eye[a] - p) for a in range(4))
+    assert (float((exact - closed).norm()) < 1e-12) is same and (float(zero.norm()) < 1e-12) is same
+
+
+@pytest.mark.parametrize("p", [0.05, 0.4, 0.9])
+def test_the_best_of_one_is_self_training(p: float) -> None:
+    """Every answer is its group's best: at equal temperatures the expected update is 0, whatever the rewards."""
+    row = torch.tensor([math.log(p), math.log1p(-p)], dtype=F64)
+    weights = [float(composed("raft", ("regularizers.kl=null",)).weights(given([float(x)], source="policy", advantage=1.0))) for x in row]
+    assert weights == [float(composed("osft").weights(given([float(x)], source="policy"))) for x in row] == [1.0, 1.0]
+    drift = sum(row[y].exp() * weights[y] * (torch.eye(2, dtype=F64)[y] - row.exp()) for y in range(2))
+    assert float(drift.norm()) < 1e-15
 
 
 # -- by outcome and certainty -----------------------------------------------------------------------------------------------------------
@@ -329,6 +370,36 @@ def test_distillation_beside_rewards() -> None:
     on = batch.trainable & (batch.source == 1)
     expected = 0.005 * (batch.logps["teacher"] - batch.logps["current"]) / int(on.sum())
     torch.testing.assert_close(difference[on], expected[on], rtol=1e-9, atol=1e-15)
+
+
+WRONG_ONLY = (
+    "regularizers.kl=null",
+    "streams.distil={_target_: posttrain.loss.Stream, source: [policy], coef: 0.005, likelihood: {_target_: posttrain.loss.likelihood.Token}, "
+    "reference: {_target_: posttrain.loss.reference.Current}, advantage: {_target_: posttrain.contrib.outcome.ByReward, "
+    "right: {_target_: posttrain.loss.advantage.One, value: 0.0}, wrong: {_target_: posttrain.loss.advantage.LogRatio, num: teacher}}, "
+    "aggregation: {_target_: posttrain.loss.aggregate.TokenMean}}",
+)
+"""What configs/loss/kdrl.yaml says of distilling from wrong answers only."""
+
+
+def test_distillation_of_wrong_answers_only() -> None:
+    batch = mixed(2, NORM).batch()
+    off, everywhere, wrong = (composed("kdrl", o).weights(batch) for o in (("regularizers.kl.coef=0.0",), (), WRONG_ONLY))
+    right = (batch.rewards["reward"] >= 1)[batch.seq]
+    on = batch.trainable & (batch.source == 1)
+    assert bool((on & right).any()) and bool((on & ~right).any())
+    torch.testing.assert_close(wrong, torch.where(right, off, everywhere), rtol=1e-12, atol=1e-15)
+    assert not torch.allclose(off[on], everywhere[on], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["hpt", "luffy", "relift"])
+def test_without_a_demonstration_the_ratio_sum_is_that_of_centred_rewards(loss: str) -> None:
+    """A gate that lets none through, an empty buffer: the rollouts' part alone, which is a constant-length surrogate without a clip."""
+    batch = without(mixed(2, CENTER).batch(), 2)
+    plain = ("streams.rollouts.masks.clip=null", "streams.rollouts.aggregation={_target_: posttrain.loss.aggregate.Constant, length: 8192, per: step}")
+    found = composed(loss, ("regularizers.entropy=null",)).weights(batch)
+    torch.testing.assert_close(found, composed("dr_grpo", plain).weights(batch), rtol=1e-12, atol=0)
+    assert bool(found.any())
 
 
 @pytest.mark.parametrize("c", [1.0, 2.0, 0.5])

@@ -23,6 +23,7 @@ MODULES = {
     "games": "Preferences sampled anew",
     "turns": "Second attempts",
     "given": "Given texts, weighed and doubted",
+    "shaped": "What is kept, where it is paid, how ratios scatter; transcripts",
 }
 
 

@@ -285,7 +285,7 @@ def openchat(seqs: list[Sequence], by_sum: bool = True) -> Tensor:
     return total([s["weight"] * total([s["l"][t] for t in w]) / len(w) for s, w in found]) / over
 
 
-def multi_target(seqs: list[Sequence], beta: float = 0.25) -> Tensor:
+def multi_target(seqs: list[Sequence], beta: float = 0.25, by_mean: bool = False) -> Tensor:
     """arXiv 2205.14318: ``(1/beta) log sum_k exp(beta s_k)`` per prompt."""
     every = [s for s in seqs if "question" in s]
     questions = sorted({s["question"] for s in every})
@@ -293,6 +293,9 @@ def multi_target(seqs: list[Sequence], beta: float = 0.25) -> Tensor:
         q: [total([s["l"][t] for kind in ("policy", "demo") for t in learnt(s, kind)]) for s in every if s["question"] == q]
         for q in questions
     }
+    if by_mean:
+        counts = {q: [sum(len(learnt(s, kind)) for kind in ("policy", "demo")) for s in every if s["question"] == q] for q in questions}
+        scores = {q: [x / max(n, 1) for x, n in zip(scores[q], counts[q], strict=True)] for q in questions}
     if beta == 0:
         return mean([mean(scores[q]) for q in questions])
     return mean([torch.logsumexp(beta * torch.stack(scores[q]), 0) / beta for q in questions])
@@ -590,6 +593,13 @@ CASES: dict[str, Case] = {
     ),
     "openchat": case("openchat", openchat, sequence_sft, partial(openchat, by_sum=False), data=CLASSES),
     "multi_target": case("multi_target", multi_target, partial(multi_target, beta=1.0), partial(multi_target, beta=0), data=TARGETS),
+    "multi_target, by means": case(
+        "multi_target",
+        partial(multi_target, by_mean=True),
+        multi_target,
+        overrides=("streams.targets.advantage.length_norm=true", "streams.targets.aggregation._target_=posttrain.loss.aggregate.GroupSumTokenMean"),
+        data=TARGETS,
+    ),
     "multi_target, the marginal likelihood": case(
         "multi_target", partial(multi_target, beta=1.0), multi_target, overrides=("streams.targets.advantage.beta=1.0",), data=TARGETS
     ),
