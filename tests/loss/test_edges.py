@@ -77,3 +77,24 @@ def test_an_advantage_of_zero_is_clipped_on_neither_side() -> None:
     row = Row(ids=[1] * 3, sources=["prompt", "demo", "demo"], logps={"current": [0.0, -3.0, -1.0], "old": [0.0, -1.0, -3.0]}, advantage=0.0, pair="p", side="chosen")
     other = Row(ids=[1] * 2, sources=["prompt", "demo"], logps={"current": [0.0, -3.0], "old": [0.0, -1.0]}, advantage=-1.0, pair="p", side="rejected")
     assert goal(batch(row, other)).metrics["s/inner/masked"] == (1.0, 3.0)
+
+
+def test_an_empty_answer_is_on_the_list_of_its_pair() -> None:
+    goal = objective(paired=True, advantage=advantage.Listwise(f="softmax", score="log_ratio_sum", to="base", beta=0.5, of="side", temperature=0.0))
+    empty = Row(ids=[1, 1], sources=["prompt", "prompt"], trainable=[False, False], logps={"current": [0.0, -1.0], "base": [0.0, -1.0]}, pair="p", side="rejected")
+    found = goal(batch(row(-0.6, pair="p", side="chosen"), empty))
+    p = 1 / (1 + math.exp(-0.5 * 0.4))
+    assert goal.weights(batch(row(-0.6, pair="p", side="chosen"), empty)).tolist() == [pytest.approx(0.5 * (1 - p)), 0.0]
+    assert found.metrics["s/preference_loss"] == (pytest.approx(-math.log(p)), pytest.approx(1.0))
+
+
+def test_a_ratio_at_its_limit_is_not_beyond_it() -> None:
+    goal = objective(advantage=advantage.LogRatio(num="base", den="self", limit=0.5), aggregation=aggregate.TokenMean())
+    assert goal(batch(row(-1.0, -1.5, -1.5001, -0.4999, base=-1.0))).metrics["s/log_ratio_clamped"] == (2.0, 4.0)
+
+
+def test_an_answer_labelled_by_half_is_not_good_and_a_score_of_nothing_is_not_right() -> None:
+    goal = objective(advantage=advantage.Pointwise(f="logistic", score="log_ratio_sum", to="base", beta=0.5), aggregation=aggregate.SequenceMeanTokenSum())
+    found = goal(batch(row(-0.5, rewards={"label": 0.5}), row(-1.0, rewards={"label": 1.0}), row(-1.0, rewards={"label": 0.0}), row(-0.5, rewards={"label": 0.51}))).metrics
+    assert found["s/good"] == (2.0, 4.0), "1.0 and 0.51"
+    assert found["s/accuracy"] == (2.0, 4.0), "the score of 0 is right for the bad one alone"
