@@ -41,11 +41,11 @@ def test_a_reward_that_is_no_number_is_an_error_before_it_is_scaled() -> None:
         ScaleBy()([replace(whole, rollouts=(replace(whole.rollouts[0], reward=math.nan), whole.rollouts[1]))])
 
 
-@pytest.mark.parametrize("more", [{"keep_whole": "group"}, {"head": "scalar"}, {"contexts": frozenset({"mismatched"})}, {"references": frozenset({"entropy"})}])
+@pytest.mark.parametrize("more", [{"keep_whole": "group"}, {"head": "scalar"}, {"contexts": frozenset({"mismatched"})}, {"references": frozenset({"entropy"})}, {"references": frozenset({"collision"})}, {"own_input": 0.2}])
 def test_each_thing_that_reads_more_than_a_micro_batch_is_refused(more: dict[str, Any]) -> None:
     control = LookAhead(name="blend", utility="rollouts")
     stream = Stream(["demo"], likelihood.Token(), reference.Current(), advantage.One(), aggregate.TokenMean(), coef=control)
-    plain = {"keep_whole": None, "head": "lm", "contexts": frozenset(), "references": frozenset()}
+    plain = {"keep_whole": None, "head": "lm", "contexts": frozenset(), "references": frozenset(), "own_input": 0.0}
     control.fits(SimpleNamespace(streams={"rollouts": stream}, needs=SimpleNamespace(**plain)))
     with pytest.raises(ValueError, match="more than that"):
         control.fits(SimpleNamespace(streams={"rollouts": stream}, needs=SimpleNamespace(**plain | more)))
