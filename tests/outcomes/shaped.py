@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.advantage import Chain, Constant, Extremes, Placed
-from posttrain.advantage.shape import Diverse
+from posttrain.advantage import Chain, Constant, Extremes, Placed, PromptBaseline, Reward, soft_maximum
+from posttrain.advantage.shape import Diverse, TailRisk
 from posttrain.data.rows import to_rows
 from posttrain.records import Demo, Group, Rollout, Score, Segment, Source, TokenBatch
 from posttrain.reward.judge import Labels, PairJudge
@@ -23,7 +23,8 @@ from tests.loss.cases import composed
 from tests.outcomes import bandit
 from tests.outcomes.bandit import ACTIONS, REWARDS
 from tests.outcomes.claims import Claim
-from tests.outcomes.reinforcement import CENTER
+from tests.outcomes.preference import shifted
+from tests.outcomes.reinforcement import CENTER, NORM, chances, hit, is_first, length_of, stopper
 from tests.outcomes.scored import PROMPTS, SCALE, T, V, right_step, walked, walker
 from tests.outcomes.supervised import chain, divergence, sampled
 from tests.outcomes.toys import Judge, Policy, Run, Table, demo_of, one_row, probabilities, prompt_of, values
@@ -286,7 +287,116 @@ def world(seed: int) -> dict[str, float]:
     return {"world model, then imitation": mean(40), "imitation alone": mean(0)}
 
 
+# -- regression on rewards against a value known beforehand, feedback, tails, lengths ------------------------------------------------------------------------------------------
+def starred(seed: int) -> dict[str, float]:
+    """Total variation to the KL-regularised optimum at beta 1 after 200 steps of 32 answers of the base; the optimal value from eight other base samples, or exactly."""
+    start, out = shifted(seed), {}
+    base = torch.softmax(start, 0)
+    exact = float((base * REWARDS.exp()).sum().log())
+    eight = soft_maximum(REWARDS[torch.multinomial(base, 8, replacement=True, generator=torch.Generator().manual_seed(seed))].tolist(), 1.0)
+    for name, v in (("from eight", eight), ("exactly", exact)):
+        draw = torch.Generator().manual_seed(1000 + seed)
+
+        def batch(step: int, draw: torch.Generator = draw, v: float = v) -> list[Group]:
+            found = torch.multinomial(base, 32, replacement=True, generator=draw).tolist()
+            groups = [bandit.group([a], logps=base.log(), name=f"g{i}") for i, a in enumerate(found)]
+            return PromptBaseline("v_star")([replace(g, prompt=replace(g.prompt, meta={"v_star": v})) for g in groups])
+
+        policy = bandit.policy(start)
+        Run(policy, "a_star_po", ("streams.rollouts.advantage.coef=1.0", "streams.rollouts.coef=2.0"), steps=200, rate=0.3, seed=seed, fixed=batch).go()
+        out[name] = bandit.distance(policy, bandit.optimum(1.0, start))
+    return out
+
+
+def told(seed: int) -> dict[str, float]:
+    """Probability of the best answer after 150 steps on a teacher's word: whether the answer was better than the policy is on average."""
+    policy = bandit.policy()
+    best = float(probabilities(policy)[-1])
+    feedback: Callable[[int, tuple[int, ...]], float] = lambda p, a: math.copysign(1.0, float(REWARDS[a[0]]) - bandit.expected(policy))  # noqa: E731
+    Run(policy, "coach", steps=150, rate=1.0, seed=seed, reward=feedback, prompts=[0] * 8, n=8, advantage=Reward()).go()
+    return {"told": float(probabilities(policy)[-1]), "start": best}
+
+
+def hardest(loss: str, advantage: Any, seed: int) -> float:
+    """Success on the hardest of five prompts when the mean is first 0.6."""
+    policy = hit([0.05, 0.1, 0.3, 0.5, 0.7])
+    found: list[float] = []
+
+    def watch(run: Run, step: int) -> None:
+        p = chances(run.policy)
+        if not found and sum(p) / len(p) >= 0.6:
+            found.append(p[0])
+
+    Run(policy, loss, steps=150, rate=3.0, seed=seed, reward=is_first, prompts=[0, 1, 2, 3, 4] * 4, n=8, advantage=advantage, watch=watch).go()
+    return found[0] if found else chances(policy)[0]
+
+
+def tail(seed: int) -> dict[str, float]:
+    return {"RiskPO": hardest("riskpo", TailRisk(), seed), "GRPO": hardest("grpo", NORM, seed)}
+
+
+def lengthened(right: float, seed: int) -> float:
+    """Change of the expected length after 20 steps in which an answer is right with this probability whatever its length, paid 1 or -1; values are 0."""
+    policy, rng = stopper(), random.Random(seed)
+    before = length_of(policy)
+    critic = Judge(torch.zeros(1, dtype=torch.float64, requires_grad=True), lambda p, t, last, before: torch.zeros_like(p), 4)
+    Run(policy, "concise_rl", steps=20, rate=0.3, seed=seed, reward=lambda p, a: 1.0 if rng.random() < right else -1.0, prompts=[0] * 16, n=8, advantage=Reward(), critic=critic,
+        critic_rate=0.0).go()  # fmt: skip
+    return length_of(policy) - before
+
+
 CLAIMS = (
+    Claim(
+        "A*-PO's optimum from eight base samples",
+        ("a_star_po",),
+        "expected",
+        "With the optimal value estimated from eight samples of the base the regression ends near the KL-regularised optimum (within 0.05).",
+        "BANDIT, answers of the base, beta 1 in both places (published: 0.5 and 0.001), 200 steps of 32",
+        "total variation to the optimum",
+        starred,
+        "does not hold",
+        effect=lambda n: 0.05 - n["from eight"],
+        effect_is="0.05 - distance from eight",
+        note="With the exact value it does: rewards from -2 to 2 at beta 1 make the value hang on answers that eight samples may not hold.",
+    ),
+    Claim(
+        "COACH and a teacher who says better or worse",
+        ("coach",),
+        "expected",
+        "Feedback that is the sign of the advantage leads to the best answer (above 0.9).",
+        "BANDIT, 150 steps of 64 answers",
+        "probability of the best answer",
+        told,
+        "not decided",
+        effect=lambda n: n["told"] - 0.9,
+        effect_is="above 0.9",
+        seeds=4,
+        note="Every answer better than the average is told so alike, and the run may stay with the second best.",
+    ),
+    Claim(
+        "RiskPO and the hard tail",
+        ("riskpo", "grpo"),
+        "2510.00911",
+        "The hardest prompt is solved more often than under GRPO when the mean is the same.",
+        "BANDIT, five prompts of different difficulty in a bundle, when 0.6 are right on average",
+        "success on the hardest",
+        tail,
+        "not decided",
+        seeds=4,
+    ),
+    Claim(
+        "length as a by-product of lambda",
+        ("concise_rl",),
+        "2504.05185",
+        "With values near 0 and lambda 0.95, answers that are mostly right (0.7) grow shorter and answers that never are grow longer.",
+        "LENGTH, success independent of length, rewards 1 and -1, 20 steps of 128 answers",
+        "change of the expected length",
+        lambda seed: {"right 7 times in 10": lengthened(0.7, seed), "never right": lengthened(0.0, seed)},
+        "holds",
+        effect=lambda n: min(-n["right 7 times in 10"], n["never right"]),
+        effect_is="the smaller of what one lost and the other gained",
+        seeds=4,
+    ),
     Claim(
         "best of K and the order statistic",
         ("raft",),
