@@ -160,6 +160,7 @@ class VllmEngine:
                 args |= {"load_format": register_plain_loader(), "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30), "enable_chunked_prefill": False}
             else:
                 args |= {"gpu_memory_utilization": config.gpu_memory_utilization}
+            _group_of_experts()
             self._engine = LLMEngine.from_engine_args(EngineArgs(**args))
             VllmEngine.num_open += 1
             if config.device == "cpu":
@@ -398,6 +399,17 @@ class VllmEngine:
         if VllmEngine.num_open == 0:
             parallel_state.destroy_model_parallel()
             parallel_state.destroy_distributed_environment()
+
+
+def _group_of_experts() -> None:
+    """vLLM makes its process groups with the first model of a process, that of experts only for a mixture: a mixture that comes later gets one here."""
+    import torch.distributed as dist
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        world = parallel_state.get_world_group()
+        backend = dist.get_backend(world.device_group)
+        parallel_state._EP = parallel_state.init_model_parallel_group([[world.rank]], world.local_rank, backend, group_name="ep")
 
 
 def _end_ids(model: str) -> tuple[int, ...]:

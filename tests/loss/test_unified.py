@@ -89,7 +89,7 @@ def test_a_column_regulariser_cannot_follow_a_group_aggregation() -> None:
 
 
 def test_unknown_names_list_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no loss 'gpro'; did you mean .*available: .*cdpo"):
+    with pytest.raises(ValueError, match=r"no loss 'gpro'; did you mean .*available: .*bnpo"):
         load("gpro")
     with pytest.raises(ValueError, match="hihg"):
         load("grpo", ["streams.rollouts.masks.clip.hihg=1"])
