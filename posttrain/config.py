@@ -170,7 +170,7 @@ class CriticConfig:
     max_grad_norm: float = 1.0
     warmup_batches: int = 0
     heads: int = 1
-    alpha: float = 0.3
+    alpha: float | None = None
 
 
 @dataclass
@@ -178,7 +178,7 @@ class CriticModelConfig(ModelConfig):
     """A critic's model: that of the run, as ``critic`` changes it."""
 
     heads: int = 1
-    alpha: float = 0.3
+    alpha: float | None = None
 
 
 @dataclass
@@ -510,7 +510,9 @@ def _check_heads(config: RunConfig, require: Callable[[bool, str], None]) -> Non
     require(own.head == "scalar" and own.at == "before", f"critic.loss={critic.loss.name!r} is no critic's: its likelihood must be Score(at=before)")
     require(own.keep_whole is None, f"critic.loss={critic.loss.name!r} compares whole groups or steps, which a critic's loss cannot")
     require(critic.heads >= 1, f"critic.heads={critic.heads} must be 1 or more")
-    require(critic.alpha >= 0, f"critic.alpha={critic.alpha} is the temperature of a soft minimum, 0 or more")
+    require(critic.heads == 1 or critic.alpha is not None, f"critic.heads={critic.heads} are combined by a soft minimum: give its temperature, critic.alpha=0.3 for instance")
+    require(critic.heads > 1 or critic.alpha is None, f"critic.alpha={critic.alpha} combines several heads, and there is one; set critic.heads=2, or critic.alpha=null")
+    require(critic.alpha is None or critic.alpha >= 0, f"critic.alpha={critic.alpha} is the temperature of a soft minimum, 0 or more")
     require(0 <= critic.warmup_batches < config.steps, f"critic.warmup_batches={critic.warmup_batches} must be at least 0 and below steps={config.steps}")
 
 

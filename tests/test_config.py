@@ -152,6 +152,8 @@ def test_open_maps_need_no_plus() -> None:
         (["loss=grpo", "advantage=group_norm", "critic=value"], r"critic is set, but loss 'grpo' reads no values; choose loss=ppo_gae, or critic=none"),
         (["loss=ppo_gae", "advantage=reward", "critic=value", "critic.warmup_batches=100"], r"critic.warmup_batches=100 must be at least 0 and below steps=100"),
         (["loss=safe", "advantage=reward", "critic=soft_min", "critic.heads=0"], r"critic.heads=0 must be 1 or more"),
+        (["loss=safe", "advantage=reward", "critic=value", "critic.heads=2"], r"critic.heads=2 are combined by a soft minimum: give its temperature"),
+        (["loss=safe", "advantage=reward", "critic=value", "critic.alpha=0.3"], r"critic.alpha=0.3 combines several heads, and there is one"),
         (["loss=safe", "advantage=reward", "critic=soft_min", "critic.alpha=-0.1"], r"critic.alpha=-0.1 is the temperature of a soft minimum"),
         (["loss=fine_grained", "advantage=reward", "critic=value"], r"adds up a reward of every token.*choose advantage=placed"),
         (["loss=ppo_gae", "advantage=placed", "critic=value"], r"hands on a reward for every token, and loss 'ppo_gae' does not add them up; choose loss=fine_grained"),

@@ -30,7 +30,7 @@ def build_module(model_cfg: Any, cfg: Any, objective: Any, device: torch.device,
     head = objective.needs.head
     model = load_model(model_cfg, seed=seed, head=head).to(device)
     if head == "scalar":
-        scalar = ScalarModule(model, getattr(model_cfg, "alpha", 0.0))
+        scalar = ScalarModule(model, getattr(model_cfg, "alpha", None) or 0.0)
         scalar_self_check(scalar)
         return scalar
     module = PolicyModule(model, cfg.head_chunk)

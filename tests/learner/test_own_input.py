@@ -153,6 +153,17 @@ def test_the_loss_is_that_of_the_mixed_reading(tiny: str, batch: TokenBatch) -> 
     assert float((own - plain).abs().max()) > 1e-4
 
 
+def test_checkpointed_layers_give_the_same(tiny: str, batch: TokenBatch) -> None:
+    mix, weights = mix_of(batch), torch.randn(batch.num_tokens, dtype=torch.float64) * batch.trainable
+    found = []
+    for on in (False, True):
+        policy = module(tiny, gradient_checkpointing=on)
+        policy.train()
+        (forward(policy, batch, mix=mix)[0] * weights).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
 def test_a_schedule_may_stand_there(tiny: str, batch: TokenBatch) -> None:
     ramp = "streams.demos.own_input={_target_: posttrain.mixture.schedule.Linear, start: 0.0, end: 0.4}"
     late = gradient(tiny, batch.replace(progress=0.5), [[0, 1], [2]], ramp, idle=True)[0]
