@@ -444,6 +444,10 @@ def check(config: RunConfig) -> None:
         forcing = hasattr(rollout.strategy, "forced_tokens")
         require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
         require(
+            forcing or not getattr(config.advantage, "needs_exits", False),
+            f"advantage {type(config.advantage).__name__} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
+        )
+        require(
             limit is None or data.max_prompt_tokens + rollout.max_tokens <= limit,
             f"rollout.max_model_len={limit} cannot hold data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}",
         )
