@@ -454,6 +454,10 @@ def check(config: RunConfig) -> None:
         forcing = hasattr(rollout.strategy, "forced_tokens")
         require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
         require(
+            forcing or not getattr(config.advantage, "needs_exits", False),
+            f"advantage {type(config.advantage).__name__} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
+        )
+        require(
             continued or not getattr(config.mixture.gate, "needs_continuations", False),
             f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "
             "rollout=continued",

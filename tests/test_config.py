@@ -148,6 +148,9 @@ def test_open_maps_need_no_plus() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["loss=s_grpo", "advantage=serial"], r"advantage Serial compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks"),
+        (["loss=mrt", "advantage=progress", "rollout=blocks", "rollout.n=1"], r"rollout\.n=1: Progress compares answers to one prompt"),
+        (["loss=s_grpo", "rollout=exits", "advantage=serial", "rollout.environment={_target_: posttrain.rollout.environment.Retry}"], r"a strategy with exits do not go together"),
         (["loss=ppo_gae", "advantage=reward"], r"reads the values of a critic, and the run has none: choose critic=value"),
         (["loss=grpo", "advantage=group_norm", "critic=value"], r"critic is set, but loss 'grpo' reads no values; choose loss=ppo_gae, or critic=none"),
         (["loss=ppo_gae", "advantage=reward", "critic=value", "critic.warmup_batches=100"], r"critic.warmup_batches=100 must be at least 0 and below steps=100"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,6 +118,18 @@ def test_mismatch_is_measured_on_every_fresh_batch(tiny: str) -> None:
     assert metrics["mismatch/tokens"] == tokens and metrics["mismatch/mean_abs"] > 0.1 and metrics["mismatch/k3"] >= 0.0
     twice = learnt(tiny, "grpo", groups(), 10_000, updates=2)[1]
     assert 0 < twice["mismatch/tokens"] < tokens, "not on what is learnt from after the weights have moved"
+
+
+def test_sampled_tokens_that_are_not_learnt_are_no_mismatch(tiny: str) -> None:
+    """The learner has no log-prob of theirs to compare with: the forward pass leaves them out."""
+
+    def without_first(r: Rollout) -> Rollout:
+        return replace(r, segments=tuple(replace(s, trainable=(False,) + (True,) * (len(s.ids) - 1)) for s in r.segments))
+
+    halves = [replace(g, rollouts=tuple(map(without_first, g.rollouts))) for g in groups()]
+    whole, part = (learnt(tiny, "grpo", items, 10_000)[1] for items in (groups(), halves))
+    assert part["mismatch/tokens"] == whole["mismatch/tokens"] - sum(len(g.rollouts) for g in halves) == part["rollouts/tokens"]
+    assert part["mismatch/max_abs"] <= whole["mismatch/max_abs"]
 
 
 def test_the_first_batch_must_agree(tiny: str) -> None:

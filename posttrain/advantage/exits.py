@@ -111,6 +111,7 @@ class Serial:
 
     inner: Any = field(default_factory=_decayed)
     shared: Literal["once", "every"] = "once"
+    needs_exits = True
 
     def __post_init__(self) -> None:
         if self.shared not in ("once", "every"):
@@ -160,6 +161,7 @@ class Progress:
     inner: Any = field(default_factory=GroupAdvantage)
     alpha: float = 1.0
     credit: Literal["block", "to_go"] = "block"
+    needs_exits = True
 
     def __post_init__(self) -> None:
         if self.credit not in ("block", "to_go"):

@@ -190,7 +190,8 @@ class Core:
         if not bool(torch.isfinite(found.loss)):
             raise FloatingPointError(f"the loss of this micro-batch is {float(found.loss)}; samples {', '.join(batch.sample_ids[:4])}")
         comparable = needs.head == "lm" and batch.fresh and "behaviour" in padded.logps
-        measured = sums(padded.logps["behaviour"], logp.detach()) if comparable else {}
+        scored = padded.trainable  # elsewhere the forward pass has left the log-prob out
+        measured = sums(padded.logps["behaviour"][scored], logp.detach()[scored]) if comparable else {}
         if padded.routing is not None and needs.head == "lm":
             measured["mismatch/routing"] = self.module.routers.agreement
         return found.loss + silent, {**found.metrics, **measured}

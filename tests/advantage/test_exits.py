@@ -1,4 +1,4 @@
-"""What exits of a chain are worth: ranks, the shared tokens counted once, progress by block; up to the gradient of the whole step."""
+"""What exits of a chain are worth: ranks, the shared tokens counted once, progress by block; up to the gradient of a step and a toy that learns."""
 
 from __future__ import annotations
 
@@ -370,3 +370,43 @@ def test_the_step_of_a_progress_reward_is_the_published_one(seed: int) -> None:
 )
 def test_the_files_say_what_they_need(name: str, says: str) -> None:
     assert says in (Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text()
+
+
+# -- the card's toy ---------------------------------------------------------------------------------------------------------------------
+THOUGHT, STOP, MOST, NEEDED = 3, 4, 12, 3
+
+
+def shortened(seed: int, estimator: Any, steps: int = 300) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(mean length, accuracy) before and after: a policy with one logit per position that ends the thought there; an answer is right after three thoughts."""
+    draw, logits = random.Random(seed), [-3.0] * MOST
+
+    def length() -> int:
+        return next((t for t in range(MOST) if draw.random() < 1 / (1 + math.exp(-logits[t]))), MOST)
+
+    def measured() -> tuple[float, float]:
+        found = [length() for _ in range(2000)]
+        return sum(found) / 2000, sum(n >= NEEDED for n in found) / 2000
+
+    before = measured()
+    for _ in range(steps):
+        groups = []
+        for n in (length() for _ in range(16)):
+            ids = [THOUGHT] * n + ([STOP] if n < MOST else [])
+            whole = chain(float(n >= NEEDED), ids)
+            groups.append(group(whole, *(early(whole, p, float(p >= NEEDED)) for p in sorted(draw.sample(range(1, len(ids)), min(3, len(ids) - 1))))))
+        step, learnt = [0.0] * MOST, 0
+        for r in (r for found in estimator(groups) for r in found.rollouts):
+            for t, (i, a) in enumerate(zip((i for s in r.segments for i in s.ids), column(r), strict=True)):
+                learnt += a is not None
+                if a is not None and i in (THOUGHT, STOP) and (r.left is None or t < r.left[1]):
+                    step[t] += a * ((i == STOP) - 1 / (1 + math.exp(-logits[t])))
+        logits = [x + 16 * g / max(learnt, 1) for x, g in zip(logits, step, strict=True)]
+    return before, measured()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_chains_get_shorter_and_answers_stay_right(seed: int) -> None:
+    (long, right), (short, still) = shortened(seed, Serial())
+    assert long > 8 and short < 6 and still > right - 0.01
+    if seed == 0:
+        assert shortened(seed, Serial(shared="every"))[1][0] > 8, "not here where shared tokens count once for each exit: the comparison can fail"

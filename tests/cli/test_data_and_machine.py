@@ -120,6 +120,16 @@ def test_experts_of_a_model_that_has_none(fails: Fails, model: Path, rows: Rows)
     assert f"learner.routing=engine replays the experts of a mixture, and the settings of {model} name none; set learner.routing=own" in fails(*words, "learner.routing=engine")
 
 
+def test_words_that_force_an_answer_need_room(fails: Fails, model: Path, rows: Rows) -> None:
+    path = rows({"prompt": "a", "answer": "1"})
+    given = ["train", "recipe=grpo", f"model.path={model}", f"data.train.path={path}", "reward=number", "loss=s_grpo", "advantage=serial", "rollout=exits", "rollout.n=1"]
+    given += ["data.max_prompt_tokens=100", "rollout.max_tokens=50", "rollout.strategy.answer_tokens=20"]
+    message = fails(*given, "rollout.strategy.text='" + "a" * 90 + "'")
+    assert "the model's context is 256 tokens, but data.max_prompt_tokens=100 and answers of 50 need 261 with 110 of forced answers" in message
+    message = fails(*given, "rollout.max_model_len=160", "rollout.strategy.text='" + "a" * 140 + "'")
+    assert "rollout.max_model_len=160 leaves no room for the words that force an answer and the answer (160 tokens)" in message
+
+
 def test_the_second_stage_is_looked_at_too(fails: Fails) -> None:
     message = fails("train", "recipe=quickstart", "stages.grpo.data.max_prompt_tokens=3")
     assert message.startswith("stage grpo: data.") and "max_prompt_tokens=3" in message
