@@ -257,9 +257,9 @@ def load_stage_data(
     return records, report, evaluation, demos
 
 
-def trained_on(evaluation: Sequence[Prompt], records: Sequence[Prompt | Demo | Pair]) -> int:
+def trained_on(evaluation: Sequence[Prompt], records: Sequence[Prompt | Demo | Pair | Group]) -> int:
     """How many evaluation prompts have the very tokens of a prompt in the training data, whatever their ids."""
-    prompts = [r.chosen.prompt if isinstance(r, Pair) else r.prompt if isinstance(r, Demo) else r for r in records]
+    prompts = [r.chosen.prompt if isinstance(r, Pair) else r.prompt if isinstance(r, (Demo, Group)) else r for r in records]
     known = {p.ids for p in prompts if p is not None}
     return sum(p.ids in known for p in evaluation)
 

@@ -81,10 +81,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "columns"), [("prompts", {}), ("demos", {"completion": "yes"}), ("pairs", {"chosen": "yes", "rejected": "no"})]
+    ("kind", "columns"),
+    [
+        ("prompts", {}),
+        ("demos", {"completion": "yes"}),
+        ("pairs", {"chosen": "yes", "rejected": "no"}),
+        ("lists", {"completions": ["yes", "no"], "scores": [1.0, 0.0]}),
+    ],
 )
 def test_evaluation_prompts_that_are_trained_on_are_told_whatever_their_ids(
-    kind: Any, columns: dict[str, str], tokenizer: Any, tmp_path: Path
+    kind: Any, columns: dict[str, Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     train, held_out = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
     train.write_text("".join(json.dumps({"id": str(i), "prompt": text, **columns}) + "\n" for i, text in enumerate("abc")))

@@ -117,3 +117,13 @@ def test_trajectories_are_paid_with_both_signs_and_no_ratio(tmp_path: Path) -> N
     words = ["recipe=grpo", *SMALL, asked(tmp_path), "loss=a3t", "advantage=reward", "advantage.baseline=0.4", *STEPS, "data.prompt_template='{question}'"]
     run = train(tmp_path / "run", *words, "reward.fn.letters._target_=tests.recipes.rewards.letters")
     assert all(row["trajectories/tokens"] > 16 and 0.0 < row["trajectories/advantage_abs"] < 1.0 for row in run.rows)
+
+
+def test_stored_trajectories_with_rationales_written_afterwards(tmp_path: Path) -> None:
+    """Scored lists: nobody sampled these tokens, so there is nothing to divide by; failed ones are pushed down."""
+    told = [{"prompt": f"go to {i}", "completions": ["because it is there: go", "why not: stay"], "scores": [1.0, -1.0]} for i in range(16)]
+    (tmp_path / "trajectories.jsonl").write_text("".join(json.dumps(r) + "\n" for r in told))
+    words = ["recipe=sft", *SMALL, "loss=a3t", "data.kind=lists", f"data.train.path={tmp_path / 'trajectories.jsonl'}", "learner.engine=torch", "learner.zero_stage=0"]
+    run = train(tmp_path / "run", *words, "rollout.prompts_per_step=16", "steps=6", "learner.lr=1e-3", "learner.warmup_steps=1")
+    ahead = [row["trajectories/objective"] for row in run.rows]
+    assert all(row["trajectories/advantage_abs"] == 1.0 for row in run.rows) and ahead[-1] > ahead[0]
