@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+from posttrain.advantage.exits import Progress, RankDecay
 from posttrain.advantage.plain import Placed
-from posttrain.advantage.shape import ScaleBy
+from posttrain.advantage.shape import ByDirection, ScaleBy, TrustMix
 from posttrain.loss import Stream, advantage, aggregate, likelihood, reference
 from posttrain.mixture.control import LookAhead, Proportional, steer
 from posttrain.mixture.demos import Demos
-from posttrain.mixture.gate import answer_of
+from posttrain.mixture.gate import Success, answer_of
 from posttrain.mixture.rejection import Rejection
+from posttrain.mixture.tagged import OutcomeTag
 from posttrain.mixture.turns import WithoutCritique
 from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Score, Segment, Source
 from tests.mixture.conftest import group
@@ -41,7 +43,13 @@ def test_a_reward_that_is_no_number_is_an_error_before_it_is_scaled() -> None:
         ScaleBy()([replace(whole, rollouts=(replace(whole.rollouts[0], reward=math.nan), whole.rollouts[1]))])
 
 
-@pytest.mark.parametrize("more", [{"keep_whole": "group"}, {"head": "scalar"}, {"contexts": frozenset({"mismatched"})}, {"references": frozenset({"entropy"})}, {"references": frozenset({"collision"})}, {"own_input": 0.2}])
+MORE = [
+    {"keep_whole": "group"}, {"head": "scalar"}, {"contexts": frozenset({"mismatched"})}, {"references": frozenset({"entropy"})},
+    {"references": frozenset({"collision"})}, {"own_input": 0.2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", MORE)
 def test_each_thing_that_reads_more_than_a_micro_batch_is_refused(more: dict[str, Any]) -> None:
     control = LookAhead(name="blend", utility="rollouts")
     stream = Stream(["demo"], likelihood.Token(), reference.Current(), advantage.One(), aggregate.TokenMean(), coef=control)
@@ -73,3 +81,31 @@ def test_a_text_without_a_prompt_is_all_answer() -> None:
 def test_every_two_accepted_answers_are_a_pair() -> None:
     out = Rejection(keep=6, beta=1e9)([group("q", 0.1, 0.9, 0.5, 0.4, 0.0, 0.3)], Demos(), 0, 0.0)
     assert [(p.chosen.id, p.rejected.id) for p in out if isinstance(p, Pair)] == [("q/1", "q/0"), ("q/2", "q/3"), ("q/5", "q/4")]
+
+
+def scores(*rewards: float | None, **named: Score) -> Group:
+    found = group("q", *rewards)
+    return replace(found, rollouts=tuple(replace(r, scores=named) for r in found.rollouts))
+
+
+def test_a_reward_at_the_bound_is_not_right() -> None:
+    whole = Rollout("c", Prompt("q", (1,)), (Segment((3, 4), Source.policy, logprobs=(-1.0, -1.0), version=0),), reward=1.0)
+    exits = [replace(whole, sample_id=f"c@{k}", reward=r, left=("c", k)) for k, r in ((0, 0.5), (1, 0.6))]
+    assert [r.reward for r in RankDecay()([Group(whole.prompt, (whole, *exits))])[0].rollouts] == [0.5, 0.0, 1.0]
+    mixed = scores(1.0, 0.5, think=Score(0.4))
+    assert [r.reward for r in TrustMix()([mixed])[0].rollouts] == [pytest.approx(1.0 + TrustMix().alpha * 0.4), 0.5]
+
+
+def test_progress_of_no_number_is_an_error() -> None:
+    whole = Rollout("c", Prompt("q", (1,)), (Segment((3, 4), Source.policy, logprobs=(-1.0, -1.0), version=0),), reward=1.0)
+    with pytest.raises(ValueError, match="nan"):
+        Progress(inner=None)([Group(whole.prompt, (whole, replace(whole, sample_id="c@1", reward=math.nan, left=("c", 1))))])
+
+
+def test_who_failed_has_no_direction_and_no_tag() -> None:
+    asked = scores(1.0, None, think=Score(0.4))
+    asked = replace(asked, prompt=replace(asked.prompt, meta={"think": 2.0}))
+    assert [r.reward for r in ByDirection()([asked])[0].rollouts] == [pytest.approx(0.8), None]
+    unheard = OutcomeTag("good", "bad", success=Success(metric="think"), encode=lambda text: (9,))
+    (out,) = unheard([scores(1.0, 1.0, think=Score(None, "error"))], Demos(), 0, 0.0)
+    assert out.dropped == "no_verdict" and [r.advantage for r in out.rollouts] == [None, None]
