@@ -168,6 +168,18 @@ def test_the_last_step_is_worth_what_the_answer_earned() -> None:
     assert found == [((21,), 1.0, "stop"), ((20,), 0.0, "length")]
 
 
+def test_the_very_first_step_may_be_the_bad_one() -> None:
+    """Against another first step, of which only the prompt is read; the good answer has steps of its own, and the first of them is asked for."""
+    group = tree(answer(40, (90, 91, 92, 93, 94, 95), 1.0), q1=(0, 0, 0, 0), good=())
+    group = replace(group, rollouts=tuple(r for r in group.rollouts if r.sample_id not in ("q/1", "q/2", "q/3")))
+    assert FirstBadStep().wanted(group, lambda ids: range(2, len(ids), 2)) == [(90, 91)]
+    group = replace(group, rollouts=(*group.rollouts, *(answer(50 + i, (90, 91, 96), 1.0, 2) for i in range(2))))
+    (pair,) = made(FirstBadStep(), group)
+    assert [[(s.source, s.ids) for s in d.segments] for d in (pair.chosen, pair.rejected)] == [
+        [(Source.prompt, (1, 2)), (Source.policy, ids)] for ids in ((90, 91), (10, 11))
+    ]
+
+
 def test_what_was_left_out_and_what_is_no_group_passes() -> None:
     gone = replace(tree(), dropped="no_variance")
     assert FirstBadStep()([gone, "other"], Demos(), 0, 0.0) == [gone, "other"]
