@@ -72,4 +72,26 @@ def _prompt_length(sources: Sequence[Source]) -> int:
     return max(length, 1)
 
 
-MAKERS: dict[str, Callable[[Sequence[Row]], tuple[list[Row], list[Row]]]] = {"mismatched": mismatched}
+def without_thought(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Of every group the text alone: its prompt, then the given words (of source ``tool``) that stand behind what was sampled.
+
+    Source: the baseline of RLP, arXiv 2510.01265.  Raises ``ValueError`` for a row without a group that has such words.
+    """
+    seen, more = set(), []
+    for row in rows:
+        sources = _sources(row)
+        cut, last = _prompt_length(sources), max((t for t, on in enumerate(_trainable(row, sources)) if on), default=len(sources))
+        words = [t for t in range(last + 1, len(sources)) if sources[t] == Source.tool]
+        if row.context or not words or row.group in seen:
+            continue
+        if row.group is None:
+            raise ValueError(f"sample {row.sample_id!r} is in no group, so the words behind its thought cannot be read without one")
+        seen.add(row.group)
+        ids = [*row.ids[:cut], *(row.ids[t] for t in words)]
+        flags = [False] * cut + [True] * len(words)
+        name = f"{row.group} without a thought"
+        more.append(Row(ids=ids, sources=[Source.prompt] * cut + [Source.tool] * len(words), trainable=flags, sample_id=name, group=row.group, context="without_thought"))
+    return list(rows), more
+
+
+MAKERS: dict[str, Callable[[Sequence[Row]], tuple[list[Row], list[Row]]]] = {"mismatched": mismatched, "without_thought": without_thought}

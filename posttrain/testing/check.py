@@ -44,17 +44,21 @@ def example_batch(
     middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, the rewards reward and label (0 to 1), and the columns
     current, old, behaviour, base, teacher, value, entropy and collision.
 
-    ``spread`` is the standard deviation of the log-ratios.  For every one of ``contexts`` three more sequences are scored under it.
+    ``spread`` is the standard deviation of the log-ratios.  For every one of ``contexts`` three more sequences are scored under it; for ``without_thought``
+    they are the given words that then stand behind every answer, by group.
     """
     rng, more = random.Random(seed), random.Random(seed + 1000)
-    rows = []
+    contexts = sorted(contexts)
+    rows, words = [], 2 * ("without_thought" in contexts)
     for i in range(8):
         prompt, answer = rng.randint(1, 3), rng.randint(2, 6)
         length = prompt + answer
         sources = ["prompt"] * prompt + ["policy"] * answer
         if answer >= 4:
             sources[prompt + 1] = "tool"
-        current = [math.nan] * prompt + [-3.0 * rng.random() - 0.01 for _ in range(answer)]
+        sources += ["tool"] * words
+        length += words
+        current = [math.nan] * prompt + [-3.0 * rng.random() - 0.01 for _ in range(answer + words)]
         sampled = [s == "policy" for s in sources]
         columns = {n: [c + rng.gauss(0.0, spread) if on else math.nan for c, on in zip(current, sampled, strict=True)] for n in COLUMNS}
         columns |= {n: [more.random() if on else math.nan for on in sampled] for n in ("entropy", "value")}
@@ -76,14 +80,16 @@ def example_batch(
                 sample_id=f"sample {i}",
             )
         )
-    for context, i in itertools.product(sorted(contexts), range(3)):
+    for context, i in itertools.product(contexts, range(3)):
         n = rng.randint(2, 5)
         current = [math.nan] + [-3.0 * rng.random() - 0.01 for _ in range(n)]
         columns = {name: [c - rng.gauss(0.3, spread) for c in current] for name in COLUMNS}
         rows.append(
             Row(
                 ids=[rng.randrange(11) for _ in range(n + 1)],
-                sources=["prompt"] + ["policy"] * n,
+                sources=["prompt"] + ["tool" if context == "without_thought" else "policy"] * n,
+                trainable=[False] + [True] * n,
+                group="abc"[i] if context == "without_thought" else None,
                 logps={"current": [-1.0, *current[1:]], **columns},
                 context=context,
                 sample_id=f"{context} {i}",

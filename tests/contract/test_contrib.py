@@ -20,6 +20,7 @@ from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
 from posttrain.contrib.gated import GatedKL
 from posttrain.contrib.guided import AdvantageSaturating, DropImprobable
+from posttrain.contrib.information import InformationGain
 from posttrain.contrib.outcome import ByReward, EntropyExponential, TurnReward
 from posttrain.contrib.preference import (
     LogisticExponential,
@@ -67,6 +68,7 @@ VARIANTS: dict[str, list[Any]] = {
         GatedKL(Linear(-2.0, -1.0), 2.0, "behaviour", 0.0, 0.2, 0.5, 0.3),
         GatedKL(-1.0, Linear(0.0, 1.0), decay=0.0, certain=0.1),
     ],
+    "information.InformationGain": [InformationGain("behaviour", "none"), InformationGain(limit=0.3)],
     "future.FutureRatio": [FutureRatio(2.0, 0.5, 3.0, 1.1, 1.05), FutureRatio(1.0, 0.8, Linear(1.0, 1.5), to="behaviour")],
     "preference.PairFactor": [PairFactor("label", 0.0)],
     "preference.PairProbability": [PairProbability(0.0), PairProbability(Linear(0.0, 2.0)), PairProbability(alignment="sampled"), PairProbability(0.5, "sampled", 0.2)],

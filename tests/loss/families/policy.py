@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -23,9 +25,9 @@ from posttrain.advantage import (
 )
 from posttrain.advantage.group import Estimator
 from posttrain.advantage.shape import Diverse, TailRisk, TrustMix
-from posttrain.records import Group, Sampling
+from posttrain.records import Group, Row, Sampling
 from tests.loss import naive
-from tests.loss.cases import CENTER, MASKS, NORM, REWARD, Case
+from tests.loss.cases import CENTER, MASKS, NORM, REWARD, Case, Data, make
 from tests.loss.naive import Sequence, advantage_center, advantage_norm, learnt, of, r, rewards, surrogate, total
 
 Seqs = list[Sequence]
@@ -49,6 +51,49 @@ def clipped(seqs: Seqs, advantage: A, mean: str = "token", low: float = 0.2, hig
         share = {"token": len(tokens_of(seqs)), "sequence": len(group) * max(length, 1), "group": len({o["question"] for o in group})}[mean]
         out += [surrogate(s, t, advantage(seqs, s), low, high) / share for t in learnt(s, "policy")]
     return total(out)
+
+
+@cache
+def thoughts(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> Data:
+    """The rollouts with two given words behind each, the same for a question, and every question's words behind its prompt alone."""
+    data, draw = make(seed, advantage, spread), random.Random(seed + 7)
+    seqs, rows, words = [], [], {q: [draw.randrange(13) for _ in range(2)] for q in ("q1", "q2", "q3")}
+    for s, one in zip(data.seqs, data.rows, strict=True):
+        if "question" not in s:
+            continue
+        more = words[s["question"]]
+        ids, sources, trainable = [*s["ids"], *more], [*s["sources"], "tool", "tool"], [*s["trainable"], False, False]
+        logps = {name: [*column, math.nan, math.nan] for name, column in one.logps.items()}
+        seqs.append({**s, "ids": ids, "sources": sources, "trainable": trainable, **logps, "a": [*s["a"], 0.0, 0.0]})
+        rows.append(replace(one, ids=ids, sources=sources, trainable=trainable, logps=logps, advantage=1.0))
+    for question, more in words.items():
+        prompt = next(s["ids"][: s["sources"].index("policy")] for s in data.seqs if s.get("question") == question)
+        ids, n = [*prompt, *more], len(prompt)
+        with torch.no_grad():
+            base = [math.nan, *(x + draw.gauss(0.0, spread) for x in data.model.alone(ids).tolist())]
+        sources, trainable = ["prompt"] * n + ["tool"] * 2, [False] * n + [True] * 2
+        seqs.append({"ids": ids, "sources": sources, "trainable": trainable, "base": base, "context": "without_thought", "about": question})
+        rows.append(Row(ids=ids, sources=sources, trainable=trainable, logps={"base": base}, group=question, context="without_thought", sample_id=f"{question} alone"))
+    return Data(seqs, rows, data.model)
+
+
+def rlp(seqs: Seqs, centred: bool = True, detached: bool = True, copy: str = "base", words: int = 2, limit: float = math.inf) -> Tensor:
+    """Thoughts are worth how much likelier they make the words behind them; the clipped surrogate, a mean over tokens."""
+    alone = {s["about"]: s for s in seqs if s.get("context")}
+
+    def gain(s: Sequence) -> Tensor:
+        plain = alone[s["question"]]
+        own = total([x if detached is False else x.detach() for x in s["l"][-words:]])
+        return (own - total([x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in plain["l" if copy == "self" else copy][-words:]])).clamp(-limit, limit)
+
+    group = [s for s in of(seqs, "policy") if not s.get("context")]
+    gains = {id(s): gain(s) for s in group if learnt(s, "policy")}
+
+    def worth(_: Seqs, s: Sequence) -> Tensor:
+        peers = [gains[id(o)] for o in group if o["question"] == s["question"] and id(o) in gains]
+        return gains[id(s)] - (total(peers) / len(peers) if centred else 0.0)
+
+    return clipped(seqs, worth)  # type: ignore[arg-type]
 
 
 def likelihood(seqs: Seqs, advantage: A, mean: str = "answer") -> Tensor:
@@ -487,6 +532,11 @@ WHITE_GAE = (
 COV = f"{MASKS}.covariance"
 RETURNS = "streams.rollouts.advantage.inner.gamma=0.9"
 CASES: dict[str, Case] = {
+    "rlp": Case("rlp", rlp, wrong=(partial(rlp, centred=False), partial(rlp, detached=False), partial(rlp, words=1)), data=thoughts),
+    "rlp uncentred": Case(
+        "rlp", partial(rlp, centred=False, limit=1.0), overrides=("streams.rollouts.advantage.center=none", "streams.rollouts.advantage.limit=1.0"),
+        wrong=(rlp, partial(rlp, centred=False), partial(rlp, centred=False, copy="self", limit=1.0)), data=thoughts,
+    ),  # fmt: skip
     "remax": Case("remax", remax, with_greedy, wrong=(lambda s: remax(s, baseline=False), lambda s: remax(s, coef=-0.1))),
     "reinforce_pp": Case(
         "reinforce_pp", reinforce_pp, REWARD, wrong=(lambda s: reinforce_pp(s, whiten=False), lambda s: reinforce_pp(s, -0.05))
