@@ -534,9 +534,12 @@ RETURNS = "streams.rollouts.advantage.inner.gamma=0.9"
 CASES: dict[str, Case] = {
     "rlp": Case("rlp", rlp, wrong=(partial(rlp, centred=False), partial(rlp, detached=False), partial(rlp, words=1)), data=thoughts),
     "rlp uncentred": Case(
-        "rlp", partial(rlp, centred=False, limit=1.0), overrides=("streams.rollouts.advantage.center=none", "streams.rollouts.advantage.limit=1.0"),
-        wrong=(rlp, partial(rlp, centred=False), partial(rlp, centred=False, copy="self", limit=1.0)), data=thoughts,
-    ),  # fmt: skip
+        "rlp",
+        partial(rlp, centred=False, limit=1.0),
+        overrides=("streams.rollouts.advantage.center=none", "streams.rollouts.advantage.limit=1.0"),
+        wrong=(rlp, partial(rlp, centred=False), partial(rlp, centred=False, copy="self", limit=1.0)),
+        data=thoughts,
+    ),
     "remax": Case("remax", remax, with_greedy, wrong=(lambda s: remax(s, baseline=False), lambda s: remax(s, coef=-0.1))),
     "reinforce_pp": Case(
         "reinforce_pp", reinforce_pp, REWARD, wrong=(lambda s: reinforce_pp(s, whiten=False), lambda s: reinforce_pp(s, -0.05))
