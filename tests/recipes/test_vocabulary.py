@@ -18,7 +18,7 @@ TWO_RANKS = ["learner.world_size=2", "learner.zero_stage=2"]
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("words", [[], ["learner.micro_batch_tokens=96", *TWO_RANKS]], ids=["whole groups", "groups cut, two ranks"])
+@pytest.mark.parametrize("words", [[], ["learner.micro_batch_tokens=48", *TWO_RANKS]], ids=["whole groups", "groups cut, two ranks"])
 def test_a_baseline_for_every_place(words: list[str], tmp_path: Path) -> None:
     run = train(tmp_path, *WORLD, *LETTERS, *SIZES, "loss=otb", "advantage=reward", *words)
     assert len(run.rows) == 2
