@@ -3,6 +3,7 @@
 #   scripts/test.sh                    everything that can run on this machine
 #   FAST=1 scripts/test.sh -x          without the slow ones, stop at the first failure
 #   scripts/test.sh tests/loss -k clip
+# Without arguments the claims of tests/outcomes, which are computed on one core, run beside the rest and are printed behind it.
 # The last line is pytest's own closing line; the exit code is pytest's, or ruff's when only ruff objects.
 set -uo pipefail
 unset PYTHONDONTWRITEBYTECODE # without cached bytecode every process compiles torch again: half a minute each
@@ -31,13 +32,23 @@ sweep() {
         sleep 2
     done
 }
+rest=() beside='' told=''
 set -m # the tests get a process group of their own, so an interrupt reaches them once and is not ignored
-env "$mark" "$bin/python" -m pytest ${select[@]+"${select[@]}"} "$@" </dev/null &
+if [[ $# -eq 0 && -z "${FAST:-}" ]]; then
+    rest=(--ignore=tests/outcomes) told="$(mktemp)"
+    env "$mark" "$bin/python" -m pytest tests/outcomes >"$told" 2>&1 </dev/null &
+    beside=$!
+fi
+env "$mark" "$bin/python" -m pytest ${select[@]+"${select[@]}"} ${rest[@]+"${rest[@]}"} "$@" </dev/null &
 leader=$!
 set +m
-trap 'kill -INT -- "-$leader" 2>/dev/null; sleep 5; sweep; exit 130' INT TERM
+trap 'kill -INT -- "-$leader" ${beside:+"-$beside"} 2>/dev/null; sleep 5; sweep; exit 130' INT TERM
 wait "$leader"
 code=$?
+if [[ -n "$beside" ]]; then
+    wait "$beside" || code=$?
+    cat "$told" && rm -f "$told"
+fi
 sweep
 [[ $code -eq 0 ]] && code=$lint
 exit "$code"
