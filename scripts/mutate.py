@@ -42,7 +42,7 @@ PAGES = ["tests/report/test_terms_doc.py", "tests/report/test_methods_doc.py"]
 MATHS = ["tests/loss", *PAGES, "tests/contract/test_terms.py", "tests/contract/test_slicing.py", "tests/contract/test_contrib.py"]
 TESTS = {
     "posttrain/loss": [*MATHS, "tests/mixture"],
-    "posttrain/advantage": ["tests/advantage", "tests/mixture/test_edges.py", "tests/mixture/test_left_out.py", *MATHS],
+    "posttrain/advantage": ["tests/advantage", "tests/mixture/test_edges.py", "tests/mixture/test_left_out.py", "tests/mixture/test_declared.py", *MATHS],
     "posttrain/mixture": ["tests/mixture", "tests/rollout/test_environment.py", "tests/contract/test_stages.py", *MATHS],
 }
 ENOUGH = 0.95
