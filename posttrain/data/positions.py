@@ -1,11 +1,20 @@
-"""Plain texts become prompts: the beginning of a text, and what it says next."""
+"""Plain texts become prompts: the beginning of a text, and what it says next.
+
+    python -m posttrain.data.positions --model FOLDER --data texts.jsonl --out positions.jsonl --per-text 8
+
+writes the rows with ``entropy``, that of the model's next token there, and in its rising order: from easy to hard, for a run with ``data.shuffle=false``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from posttrain.data.columns import row_id
 from posttrain.data.files import DataError, Record, read_rows
@@ -50,3 +59,42 @@ class Positions:
             for k in places:
                 start, end = found[k][0], found[k + self.words - 1][1]
                 yield {"id": f"{name}/{k}", "prompt": text[:start] + self.open, "answer": text[start:end]}
+
+
+def by_entropy(positions: Positions, model: Any, tokenizer: Any) -> list[Record]:
+    """The rows of ``positions`` from the lowest entropy of the next token to the highest, equal ones in the order of the texts.  ``model`` is a transformers causal
+    language model; one forward per position, in plain text and without the words that ask for a thought."""
+    import torch
+
+    rows = []
+    for row in positions.rows():
+        text = row["prompt"][: len(row["prompt"]) - len(positions.open)]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        with torch.no_grad():
+            logp = torch.log_softmax(model(input_ids=ids).logits[0, -1].float(), -1)
+        rows.append({**row, "entropy": round(float(-(logp.exp() * logp).sum()), 5)})
+    return sorted(rows, key=lambda row: row["entropy"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m posttrain.data.positions", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder or Hugging Face id of the model whose entropy orders the positions")
+    parser.add_argument("--data", required=True, help="a file or data set of texts")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--text", default="text", help="the column of the texts (default text)")
+    parser.add_argument("--per-text", type=int, help="positions of each text (default all)")
+    parser.add_argument("--words", type=int, default=1, help="words that follow (default 1)")
+    parser.add_argument("--open", default="<think>", help="what asks for a thought, at the end of every prompt (default <think>)")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    positions = Positions(chosen.data, chosen.text, chosen.per_text, chosen.words, open=chosen.open, seed=chosen.seed)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chosen.model).eval(), AutoTokenizer.from_pretrained(chosen.model)
+    rows = by_entropy(positions, model, tokenizer)
+    chosen.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{chosen.out}: {len(rows)} positions" + (f", entropy {rows[0]['entropy']:.3g} to {rows[-1]['entropy']:.3g}" if rows else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,8 @@ _HOME = {
     "Choice": "rules",
     "Format": "rules",
     "SoftOverlong": "rules",
+    "LengthBudget": "rules",
+    "Behind": "rules",
     "WorldVerifier": "rules",
 }
 __all__ = sorted(_HOME)

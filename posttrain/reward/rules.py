@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from posttrain.data.worlds.base import World
-from posttrain.records import Score
+from posttrain.mixture.schedule import Scalar, at
+from posttrain.records import Rollout, Score
+from posttrain.reward.base import Signature, read
 from posttrain.reward.text import Extract, extract, last_boxed, number
 
 NORMALISERS: dict[str, Callable[[str], str]] = {
@@ -172,6 +174,62 @@ class SoftOverlong:
 
     def __call__(self, num_tokens: int) -> float:
         return min(0.0, max(-1.0, (self.max_tokens - self.cache - num_tokens) / self.cache))
+
+
+@dataclass(frozen=True)
+class LengthBudget:
+    """``0`` up to ``limit`` tokens, then ``(limit - length) / limit``, and -1 from twice the limit on.
+
+    Source: the token budget of reinforcement mid-training, arXiv 2509.24375 (abstract only; its form is our reading).
+
+    ``limit``: tokens after the prompt, a number or a schedule: a falling one makes thoughts shorter as the run goes on.
+
+    Wrong when: the limit is above the sampler's ``max_tokens``: it then does nothing.
+    """
+
+    limit: Scalar = 256.0
+
+    execution: ClassVar[str] = "inline"
+
+    def __post_init__(self) -> None:
+        if not callable(self.limit) and not self.limit > 0:
+            raise ValueError(f"LengthBudget needs limit above 0, not {self.limit}")
+
+    def __call__(self, num_tokens: int, progress: float = 0.0) -> float:
+        limit = at(self.limit, progress)
+        if not limit > 0:
+            raise ValueError(f"LengthBudget: the schedule gives limit={limit} at progress {progress:g}; it must stay above 0")
+        return min(0.0, max(-1.0, (limit - num_tokens) / limit))
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A reward of what stands behind a mark, the last one: the answer after a thought.
+
+    ``reward``: any reward of one completion.  ``mark``: the words that end the thought; an answer without them is ``bad_format``, worth 0.
+    """
+
+    reward: Any
+    mark: str = "</think>"
+
+    execution: ClassVar[str] = "inline"
+
+    def __post_init__(self) -> None:
+        if not self.mark:
+            raise ValueError("Behind needs a mark: the words that end a thought")
+        if self._signature.batched:
+            raise ValueError("Behind scores one answer at a time, so its reward must ask for completion, not completions")
+
+    @property
+    def _signature(self) -> Signature:
+        return Signature.of("behind", self.reward)
+
+    def __call__(self, rollout: Rollout, progress: float = 0.0) -> Score:
+        before, found, behind = rollout.text.rpartition(self.mark)
+        if not found:
+            return Score(0.0, "bad_format", f"nothing stands behind {self.mark!r}")
+        score, _ = read(self.reward(**self._signature.arguments([replace(rollout, text=behind)], progress)))
+        return replace(score, places=tuple((end + len(before) + len(found), value) for end, value in score.places))
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,7 @@ CASES: dict[str, Case] = {
         ("streams.pairs.advantage.score=log_ratio_sum", "streams.pairs.aggregation._target_=posttrain.loss.aggregate.PairSum"),
         (naive.ipo,),
     ),
+    "rmt": Case("rmt", lambda seqs: naive.sft_plus_rl(seqs, 1.0), NORM, wrong=(lambda seqs: naive.sft_plus_rl(seqs, 0.5), naive.sft)),
     "sft_plus_rl": Case("sft_plus_rl", naive.sft_plus_rl, NORM, wrong=(lambda seqs: naive.sft_plus_rl(seqs, 0.2), naive.sft)),
     "truncated importance sampling": Case(
         "grpo",

@@ -15,12 +15,15 @@ from posttrain.advantage import Constant
 from posttrain.contrib.information import InformationGain
 from posttrain.data.contexts import with_contexts, without_thought
 from posttrain.data.files import DataError
-from posttrain.data.positions import Positions
+from posttrain.data.positions import Positions, main
 from posttrain.data.rows import to_rows
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import InTurn
+from posttrain.mixture.schedule import Linear
 from posttrain.mixture.thoughts import BeforeText
-from posttrain.records import Group, Prompt, Rollout, Row, Segment, Source, TokenBatch
+from posttrain.records import Group, Prompt, Rollout, Row, Score, Segment, Source, TokenBatch
+from posttrain.reward.rules import Behind, Exact, LengthBudget
+from posttrain.testing.tiny import create_tiny_model
 from tests.loss.cases import composed
 
 GATE = BeforeText("[", "]", encode=lambda text: tuple(map(ord, text)))
@@ -128,3 +131,42 @@ def test_texts_are_cut_where_words_begin(tmp_path: Path) -> None:
     for wrong in ({"words": 0}, {"least": 0}, {"per_text": 0}):
         with pytest.raises(DataError, match="must be at least 1"):
             Positions(path, **wrong)  # type: ignore[arg-type]
+
+
+def test_positions_come_from_easy_to_hard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = create_tiny_model(tmp_path / "model", hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=32)
+    out, path = tmp_path / "out.jsonl", texts(tmp_path, "one two three four", "the end is near")
+    main(["--model", str(folder), "--data", path, "--out", str(out), "--words", "1", "--open", "<t>"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 6 and "6 positions, entropy" in capsys.readouterr().out
+    entropies = [r["entropy"] for r in rows]
+    assert entropies == sorted(entropies) and len(set(entropies)) > 1 and all(r["prompt"].endswith("<t>") for r in rows)
+    assert sorted(r["id"] for r in rows) == sorted(r["id"] for r in Positions(path, per_text=None, open="<t>").rows())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    p = model(**tokenizer(rows[0]["prompt"][:-3], return_tensors="pt")).logits[0, -1].double().softmax(-1)
+    assert rows[0]["entropy"] == pytest.approx(float(-(p * p.log()).sum()), abs=1e-4)
+
+
+def test_a_budget_that_falls_and_what_stands_behind_a_thought() -> None:
+    budget = LengthBudget(Linear(8.0, 4.0))
+    assert [budget(n, 0.0) for n in (1, 8, 10, 16, 99)] == [0.0, 0.0, -0.25, -1.0, -1.0]
+    assert [budget(n, 1.0) for n in (4, 5, 6, 8)] == [0.0, -0.25, -0.5, -1.0]
+    for progress in (0.0, 0.5, 1.0):
+        worth = [budget(n, progress) for n in range(20)]
+        assert worth == sorted(worth, reverse=True), "never up again"
+    with pytest.raises(ValueError, match="limit above 0"):
+        LengthBudget(0)
+    with pytest.raises(ValueError, match="must stay above 0"):
+        LengthBudget(Linear(1.0, 0.0))(3, 1.0)
+    words = Behind(Exact(), "]")
+    (one,) = group("so ef] then] ef").rollouts
+    assert words(one).value == 1.0 and words(replace(one, text="] so")).value == 0.0
+    assert (words(replace(one, text="ef")).value, words(replace(one, text="ef")).status) == (0.0, "bad_format")
+    placed = Behind(lambda completion: Score(1.0, places=((2, 1.0),)), "]")
+    assert placed(replace(one, text="a] ef")).places == ((4, 1.0),), "places count from the answer's beginning"
+    with pytest.raises(ValueError, match="Behind needs a mark"):
+        Behind(Exact(), "")
+    with pytest.raises(ValueError, match="one answer at a time"):
+        Behind(lambda completions: [0.0])
