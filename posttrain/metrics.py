@@ -97,6 +97,7 @@ FAMILIES: dict[str, list[Metric]] = {
         {stream}/{term}/masked | mean | tokens | share | tokens a mask removes (clip: outside the trust region on the wrong side)
         {stream}/{term}/factor | mean | tokens | factor | mean factor of a mask
         {stream}/{term}/clamped | mean | tokens | share | tokens whose log-ratio was clamped before a KL estimate
+        {stream}/opponents | mean | answers | answers | how many answers of the group make up the opponent in effect
         {stream}/information | mean | answers | nats | how much likelier a thought makes the text behind it
         {stream}/alone | mean | tokens | share | tokens at places that no other answer of their group reaches, where a baseline is taken place by place
         {stream}/{regularizer}/drift | mean | tokens | nats per token | log-ratio to the policy a gated KL stays near, of this step's tokens

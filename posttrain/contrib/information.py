@@ -58,7 +58,7 @@ class InformationGain:
         gain, group, here = self._gains(view)
         if self.center == "mean":
             count = view.code_count(group, here).clamp(min=1).to(gain.dtype)
-            gain = torch.where(here & (group >= 0), gain - view.code_sum(group, gain) / count, gain)
+            gain = torch.where(here & (group >= 0), gain - view.code_sum(group, gain) / count, gain)  # who has no words behind has no part in the mean
         return view.spread(gain)
 
     def metrics(self, view: TokenView) -> Metrics:
@@ -67,7 +67,7 @@ class InformationGain:
         return {"information": (float(gain[here].sum()), float(here.sum()))}
 
     def _gains(self, view: TokenView) -> tuple[Tensor, Tensor, Tensor]:
-        """``R_i`` ``[S]``, 0 outside the stream; the groups; which sequences are thoughts."""
+        """``R_i`` ``[S]``, 0 outside the stream; the groups; which sequences are thoughts with words behind them."""
         batch = view.batch
         here, group, place = view.seq_len() > 0, batch.group, torch.arange(batch.num_tokens, device=view.on.device)
         if not bool(here.any()):
@@ -92,4 +92,4 @@ class InformationGain:
         of = plain.member & (group >= 0)
         texts = torch.zeros_like(without).index_add(0, group[of], without[of])  # codes are fewer than sequences
         gain = torch.where(read, with_thought - texts[group.clamp(min=0)], 0.0)
-        return (gain if self.limit is None else gain.clamp(-self.limit, self.limit)), group, here
+        return (gain if self.limit is None else gain.clamp(-self.limit, self.limit)), group, read

@@ -275,6 +275,7 @@ class PairJudge:
     ``orders``: ``agree``, a win where both orders name the same answer, else a tie (0.5); ``mean``, ``(p1 + 1 - p2) / 2`` of the two probabilities that the
     answer shown first is better; ``log_odds``, the mean of their log-odds, which removes an additive bias of position exactly; ``one``, a single order,
     whose bias stays.  A comparison fails when one of its orders does; an answer all of whose comparisons fail has no score.  Equal texts tie unasked.
+    ``each`` also reports the comparison with every other answer, as ``NAME/against/i``, ``i`` the number of that sample (``contrib.game``).
     ``verdict`` values say how sure it is that the answer shown first is better: 1, 0, and 0.5 for a tie.  ``template`` has the fields ``{prompt}``, ``{a}``
     and ``{b}``.  The rest as in :class:`Judge`.
 
@@ -292,6 +293,7 @@ class PairJudge:
     num_engines: int = 1
     max_model_len: int | None = None
     timeout_s: float = 1800.0
+    each: bool = False
     bench: Bench | None = field(default=None, repr=False, compare=False)
 
     scope: ClassVar[str] = "batch"
@@ -304,6 +306,8 @@ class PairJudge:
             raise ValueError(f"against={self.against!r} does not exist; choose group or reference")
         if self.orders not in ("agree", "mean", "log_odds", "one"):
             raise ValueError(f"orders={self.orders!r} does not exist; choose agree, mean, log_odds or one")
+        if self.each and self.against != "group":
+            raise ValueError("each=true reports comparisons with the other answers of a group; set against=group")
         low, high = self.verdict.span if self.verdict else (0.0, 1.0)
         if low < 0 or high > 1:
             raise ValueError(f"verdict: its values go from {low} to {high}, but say how sure it is that the first answer is better: between 0 and 1")
@@ -325,23 +329,27 @@ class PairJudge:
     def uses_reference(self) -> bool:
         return self.against == "reference" or "{reference}" in text_of(self)
 
-    async def __call__(self, rollouts: Sequence[Rollout]) -> list[Score]:
+    async def __call__(self, rollouts: Sequence[Rollout]) -> list[Any]:
         bench, verdict = _bench(self)
         matches = list(self._matches(rollouts))
         questions = [q for i, _, key, b in matches for q in self._questions(rollouts[i], key, b) if rollouts[i].text != b]
         scores = iter(await verdict.read(bench, questions) if questions else [])
         won: list[list[float]] = [[] for _ in rollouts]
         lost: list[str] = [""] * len(rollouts)
+        against: list[dict[str, float]] = [{} for _ in rollouts]
         for i, j, _, b in matches:
             both = [] if rollouts[i].text == b else [next(scores) for _ in range(1 if self.orders == "one" else 2)]
             failed = [s.detail for s in both if s.value is None]
             p = 0.5 if not both else None if failed else self.decide(*(s.value for s in both))  # type: ignore[misc]
-            for index, value in ((i, p), (j, None if p is None else 1.0 - p)):
+            for index, other, value in ((i, j, p), (j, i, None if p is None else 1.0 - p)):
                 if index is not None and value is not None:
                     won[index].append(value)
+                    if self.each and other is not None:
+                        against[index][f"against/{rollouts[other].sample_id.rpartition('/')[2]}"] = value
                 elif index is not None:
                     lost[index] = failed[0]
-        return [self._score(values, detail, r) for values, detail, r in zip(won, lost, rollouts, strict=True)]
+        found = [self._score(values, detail, r) for values, detail, r in zip(won, lost, rollouts, strict=True)]
+        return [{"value": s.value, "status": s.status, "detail": s.detail, **others} if others else s for s, others in zip(found, against, strict=True)]
 
     def decide(self, first: float, second: float | None = None) -> float:
         """P(a better than b), from how sure the judge was of whatever stood first: a in the first order, b in the second."""

@@ -41,7 +41,8 @@ def example_batch(
     seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch.float64, fresh: bool = False, contexts: Iterable[str] = ()
 ) -> TokenBatch:
     """Nine ragged sequences with everything a term may read: groups of 4, 2 and 2, a preference pair inside each two, tool tokens in the
-    middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, the rewards reward and label (0 to 1), and the columns
+    middle, a sequence nothing is learnt from, truncated ones, a demonstration, token weights, the rewards reward and label (0 to 1) and the comparisons
+    judge/against/NAME with every other answer of a group, and the columns
     current, old, behaviour, base, teacher, value, entropy and collision.
 
     ``spread`` is the standard deviation of the log-ratios.  For every one of ``contexts`` three more sequences are scored under it; for ``without_thought``
@@ -76,7 +77,7 @@ def example_batch(
                 pair=i // 2,
                 side="chosen" if i % 2 == 0 else "rejected",
                 finish=("stop", "length")[i % 3 == 1],
-                rewards={"reward": (i * 5 % 7) / 3 - 0.5, "label": (0.0, 1.0, 0.25, 1.0)[i % 4]},
+                rewards={"reward": (i * 5 % 7) / 3 - 0.5, "label": (0.0, 1.0, 0.25, 1.0)[i % 4], **_compared(i, "aaaabbcc")},
                 sample_id=f"sample {i}",
             )
         )
@@ -97,6 +98,12 @@ def example_batch(
         )
     rows.append(Row(ids=[1, 2, 3], sources=["prompt", "demo", "demo"], logps={"current": [-1.0, -0.5, -2.0]}, sample_id="a demonstration"))
     return TokenBatch.from_sequences(rows, progress=0.25, fresh=fresh, dtype=dtype)
+
+
+def _compared(i: int, groups: str) -> dict[str, float]:
+    """Made-up probabilities of winning, those of two answers adding up to 1."""
+    won = {k: (0.1 + (i + k) % 4 / 5 if i < k else 0.9 - (i + k) % 4 / 5) for k in range(len(groups)) if k != i and groups[k] == groups[i]}
+    return {f"judge/against/sample {k}": p for k, p in won.items()}
 
 
 def role_of(term: Any) -> str:

@@ -18,6 +18,7 @@ from posttrain.contrib.constrained import DriftDiscounted
 from posttrain.contrib.contrast import MatrixContrast
 from posttrain.contrib.covariance import CovarianceDrop, CovariancePenalty
 from posttrain.contrib.future import FutureRatio
+from posttrain.contrib.game import WinAgainstMixture
 from posttrain.contrib.gated import GatedKL
 from posttrain.contrib.guided import AdvantageSaturating, DropImprobable
 from posttrain.contrib.information import InformationGain
@@ -68,6 +69,7 @@ VARIANTS: dict[str, list[Any]] = {
         GatedKL(Linear(-2.0, -1.0), 2.0, "behaviour", 0.0, 0.2, 0.5, 0.3),
         GatedKL(-1.0, Linear(0.0, 1.0), decay=0.0, certain=0.1),
     ],
+    "game.WinAgainstMixture": [WinAgainstMixture(1.0), WinAgainstMixture(Linear(0.0, 1.0), "behaviour")],
     "information.InformationGain": [InformationGain("behaviour", "none"), InformationGain(limit=0.3)],
     "future.FutureRatio": [FutureRatio(2.0, 0.5, 3.0, 1.1, 1.05), FutureRatio(1.0, 0.8, Linear(1.0, 1.5), to="behaviour")],
     "preference.PairFactor": [PairFactor("label", 0.0)],
@@ -95,6 +97,7 @@ VARIANTS: dict[str, list[Any]] = {
 }
 ALTERNATIVES: dict[str, dict[str, list[Any]]] = {
     "baseline.TokenBaseline": {"inner": [ColumnMinusKL()]},
+    "game.WinAgainstMixture": {"of": ["label"]},
     "preference.PairProbability": {"limit": [0.1, 0.3]},
     "contrast.MatrixContrast": {"rows": ["reward"], "columns": ["label"], "right": ["label"], "score": ["logp_mean"]},
     "soft_q.TemporalDifference": {"streams": [()], "aggregation": [aggregate.SequenceMeanTokenSum()], "gamma": [0.5]},

@@ -98,3 +98,43 @@ def test_an_answer_labelled_by_half_is_not_good_and_a_score_of_nothing_is_not_ri
     found = goal(batch(row(-0.5, rewards={"label": 0.5}), row(-1.0, rewards={"label": 1.0}), row(-1.0, rewards={"label": 0.0}), row(-0.5, rewards={"label": 0.51}))).metrics
     assert found["s/good"] == (2.0, 4.0), "1.0 and 0.51"
     assert found["s/accuracy"] == (2.0, 4.0), "the score of 0 is right for the bad one alone"
+
+
+def test_whitening_without_a_mean_leaves_what_does_not_vary() -> None:
+    goal = objective(advantage=advantage.Whiten(advantage.Column(), center=False, eps=0.0), aggregation=aggregate.TokenMean())
+    assert goal.weights(batch(row(-1.0, -2.0, advantage=3.0))).tolist() == pytest.approx([1.5, 1.5])
+
+
+def test_a_penalty_of_one_on_falling_short_is_one() -> None:
+    def worth(shortfall: float) -> float:
+        goal = objective(paired=True, advantage=advantage.Pairwise(score="log_ratio_sum", to="base", beta=0.5, shortfall=shortfall))
+        total, _ = goal(batch(row(-1.6, pair="p", side="chosen"), row(-0.8, pair="p", side="rejected"))).metrics["s/preference_loss"]
+        return total
+
+    assert [worth(more) for more in (0.0, 1.0, 2.0)] == [pytest.approx(math.log1p(math.exp(-0.5 * ((1 + more) * -0.6 - 0.2)))) for more in (0.0, 1.0, 2.0)]
+
+
+def test_rows_under_another_prompt_need_something_to_read() -> None:
+    goal = objective(advantage=advantage.Pointwise(f="sigmoid", score="log_ratio_sum", to="base", shift="mismatched"), aggregation=aggregate.SequenceMeanTokenSum())
+    empty = Row(ids=[1, 1], sources=["prompt", "demo"], trainable=[False, False], logps={"current": [0.0, -1.0], "base": [0.0, -1.0]}, context="mismatched")
+    with pytest.raises(ValueError, match="needs rows whose answer stands under another prompt"):
+        goal.weights(batch(row(-1.0, rewards={"label": 1.0}), empty))
+
+
+def test_what_a_difference_of_two_opinions_is_taken_over() -> None:
+    assert mask.Disagreement(per="token").coupling == "token" and mask.Disagreement(per="mean").coupling == "sequence"
+
+
+def test_a_taper_of_negatives_leaves_an_advantage_of_zero_alone() -> None:
+    goal = objective(masks={"taper": mask.NegativeTaper(to="base")}, advantage=advantage.Column(), aggregation=aggregate.TokenMean())
+    found = goal(batch(row(-2.0, advantage=0.0), row(-2.0, advantage=-1.0))).metrics
+    assert found["s/taper/factor"] == (pytest.approx(1.0 + math.exp(-1.0)), 2.0)
+
+
+def test_one_stream_of_two_may_read_its_own_choices() -> None:
+    own = Stream(["demo"], likelihood.Token(), SELF, advantage.One(), aggregate.TokenMean(), own_input=0.2)
+    plain = Stream(["policy"], likelihood.Token(), SELF, advantage.One(), aggregate.TokenMean())
+    both, none = Objective({"a": own, "b": plain}), Objective({"b": plain})
+    assert both.needs.own_input and not none.needs.own_input
+    given = batch(row(-1.0, -2.0))
+    assert none.own_input(given) is None and both.own_input(given) is not None

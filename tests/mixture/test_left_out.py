@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from posttrain.advantage.exits import Progress, RankDecay
+from posttrain.advantage.group import BatchWhiten, GroupAdvantage, statistics
+from posttrain.advantage.pick import Among
 from posttrain.advantage.plain import Placed
 from posttrain.advantage.shape import ByDirection, ScaleBy, TrustMix
 from posttrain.loss import Stream, advantage, aggregate, likelihood, reference
@@ -109,3 +111,24 @@ def test_who_failed_has_no_direction_and_no_tag() -> None:
     unheard = OutcomeTag("good", "bad", success=Success(metric="think"), encode=lambda text: (9,))
     (out,) = unheard([scores(1.0, 1.0, think=Score(None, "error"))], Demos(), 0, 0.0)
     assert out.dropped == "no_verdict" and [r.advantage for r in out.rollouts] == [None, None]
+
+
+def test_one_number_has_no_variance() -> None:
+    (one,) = BatchWhiten(ddof=1)([Group(Prompt("q", (1,)), (replace(group("q", 1.0).rollouts[0], advantage=0.7),))])[0].rollouts
+    assert one.advantage == 0.0
+
+
+def test_statistics_count_those_that_have_an_advantage() -> None:
+    found = group("q", 1.0, 0.0, None)
+    found = replace(found, rollouts=(replace(found.rollouts[0], advantage=None), replace(found.rollouts[1], advantage=-2.0), replace(found.rollouts[2], advantage=3.0)))
+    told = statistics([found])
+    assert told["advantage/abs"] == (5.0, 2.0) and told["reward/mean"] == (1.0, 2.0) and told["reward/failed"] == (1.0, 3.0)
+
+
+def test_a_reward_of_no_number_is_an_error_before_any_is_left_out() -> None:
+    with pytest.raises(ValueError, match="nan"):
+        Among(GroupAdvantage())([group("q", math.nan, 1.0)])
+
+
+def test_draws_begin_with_the_same_seed() -> None:
+    assert Rejection().seed == 0

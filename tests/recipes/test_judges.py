@@ -45,6 +45,14 @@ def test_a_frozen_judge_of_pairs_beside_a_verdict_in_words_that_nobody_can_read(
     assert all(abs(r["reward"] - 0.5) < 0.5 and "cannot be read" in r["failed"]["words"] for r in completions(run))
 
 
+def test_a_game_against_a_mixture_of_policy_and_base(tmp_path: Path) -> None:
+    words = ["recipe=grpo", "loss=nash_md_mixture", "advantage=constant", "reward=pair_judge", "reward.fn.judge.orders=log_odds", "reward.fn.judge.each=true", "rollout.n=4"]
+    run = train(tmp_path, *words, *SMALL, *WORLD, *(s for s in SIZES if not s.startswith("rollout.n=")), "steps=2", "learner.micro_batch_tokens=48", "learner.world_size=2")
+    for row in run.rows:
+        assert 1.0 <= row["rollouts/opponents"] <= 3.0 and row["rollouts/advantage_abs"] > 0 and row["learner/grad_norm"] > 0
+    assert run.rows[0]["rollouts/opponents"] == pytest.approx(3.0, abs=1e-3), "at first the policy is its base, and all opponents count alike"
+
+
 def test_a_mixture_of_judges_with_constraints(tmp_path: Path) -> None:
     """The grade, calibrated against the data's answer, is worth nothing where the constraint's judge says no; the drift is 0 at first."""
     words = ["recipe=grpo", "loss=cgpo", "advantage=reward", "reward=constrained_judges", "reward.combine.gates.honest=0.5"]

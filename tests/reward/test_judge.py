@@ -6,11 +6,13 @@ import asyncio
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from posttrain.data.rows import to_rows
 from posttrain.records import Group, Prompt, Rollout, Segment, Source
 from posttrain.reward.judge import Judge, Labels, PairJudge, Said, fill
 from posttrain.reward.pool import RewardBudgetError, RewardPool
@@ -133,6 +135,20 @@ def test_orders() -> None:
     calm = score(PairJudge(PAIR, SIDES), Model(better(values)), group("a", "x", "y", "z"))
     assert calm == [1.0, 0.5, 0.0]
     assert score(PairJudge(PAIR, SIDES), Model(better(values)), group("a", "z", "x", "y")) == [0.0, 1.0, 0.5], "permutation"
+
+
+def test_every_comparison_can_be_kept() -> None:
+    values = {"x": 0.3, "y": 0.0, "z": -0.4}
+    judge = PairJudge(PAIR, SIDES, orders="log_odds", each=True).bound("judge", Model(better(values)), Renderer())
+    (done,) = asyncio.run(RewardPool({"judge": judge}).score([group("a", "x", "y", "z")], 0))
+    won = [{name.removeprefix("judge/against/"): s.value for name, s in r.scores.items() if name != "judge"} for r in done.rollouts]
+    assert [sorted(w) for w in won] == [["1", "2"], ["0", "2"], ["0", "1"]], "by the number of the sample"
+    assert won[0]["1"] == pytest.approx(1 / (1 + math.exp(-0.3))) and won[0]["2"] + won[2]["0"] == pytest.approx(1.0)
+    assert [r.reward for r in done.rollouts] == [pytest.approx(sum(w.values()) / 2) for w in won], "the reward is their mean, and counts them once"
+    row = to_rows([replace(done, rollouts=tuple(replace(r, advantage=1.0) for r in done.rollouts))])[0]
+    assert row.rewards["judge/against/2"] == won[0]["2"]
+    with pytest.raises(ValueError, match="set against=group"):
+        PairJudge(PAIR, SIDES, against="reference", each=True)
 
 
 def test_cycles_and_equal_texts() -> None:

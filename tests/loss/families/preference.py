@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -14,6 +15,7 @@ from posttrain.advantage import Reward
 from posttrain.records import Row
 from tests.loss import naive
 from tests.loss.cases import LOO, Case, Data, advantages
+from tests.loss.cases import make as common
 from tests.loss.naive import Sequence, total
 
 
@@ -358,6 +360,36 @@ def nash_md(seqs: list[Sequence], beta: float = 0.1) -> Tensor:
     return total(out) / len(found)
 
 
+@cache
+def compared(seed: int, advantage: Callable | None = None, spread: float = 0.25) -> Data:
+    """Rollouts that were compared with each other, in circles too; one comparison failed."""
+    data, draw = common(seed, advantage, spread), random.Random(seed + 11)
+    place: dict[str, int] = {}
+    for s in data.seqs:
+        if "question" in s:
+            s["place"] = place.setdefault(s["question"], 0)
+            place[s["question"]] += 1
+    seqs, rows = [], []
+    for s, one in zip(data.seqs, data.rows, strict=True):
+        if "question" in s:
+            draw.seed(f"{seed} {s['question']} {s['place']}")
+            beats = {k: draw.random() for k in range(place[s["question"]]) if k != s["place"] and (s["question"], s["place"], k) != ("q2", 0, 1)}
+            seqs.append({**s, "beats": beats})
+            rows.append(replace(one, rewards={f"judge/against/{k}": p for k, p in beats.items()}, sample_id=f"0/{s['question']}/{s['place']}", advantage=1.0))
+    return Data(seqs, rows, data.model)
+
+
+def mixture_game(seqs: list[Sequence], mix: float = 0.5, beta: float = 0.1, to: str = "base", mean: bool = False) -> Tensor:
+    """The update above, the opponent the other answers weighed by ``(base/pi)^mix``."""
+    found, out = [s for s in seqs if tokens(s)], []
+    for s in found:
+        others = [o for o in found if o["question"] == s["question"] and o["place"] in s["beats"]]
+        weigh = [float(torch.exp(-mix * (total([o["l"][t].detach() - o[to][t] for t in tokens(o)]) / (len(tokens(o)) if mean else 1)))) for o in others]
+        won = sum(w * s["beats"][o["place"]] for w, o in zip(weigh, others, strict=True)) / sum(weigh) - 0.5 if others else 0.0
+        out += [(won - beta * (s["l"][t] - s["base"][t]).detach()) * s["l"][t] for t in tokens(s)]
+    return total(out) / len(seqs)
+
+
 def xpo(seqs: list[Sequence], alpha: float = 1e-5) -> Tensor:
     """The loss adds ``alpha * log pi`` of the base's sample, the given side of the pair."""
     found = [s for pair in pairs(seqs, "mixed") for s in pair if s["sources"][-1] == "demo"]
@@ -571,6 +603,14 @@ CASES: dict[str, Case] = {
     "per_step_negatives": case("per_step_negatives", partial(dpo, kind="own"), online_ipo, partial(dpo, kind="own", beta=0.2), data=OWN),
     "online_ipo": case("online_ipo", online_ipo, partial(online_ipo, score=mean_ratio), partial(dpo, kind="own"), data=OWN),
     "spin": case("spin", partial(dpo, kind="mixed"), partial(dpo, kind="mixed", beta=0.2), data=MIXED),
+    "nash_md_mixture": Case(
+        "nash_md_mixture",
+        mixture_game,
+        wrong=(partial(mixture_game, mix=0.0), partial(mixture_game, mix=-0.5), partial(mixture_game, mean=True), partial(mixture_game, to="old")),
+        data=compared,
+        spread=1.0,
+    ),
+    "nash_md against itself": Case("nash_md_mixture", partial(mixture_game, mix=0.0), overrides=("streams.rollouts.advantage.mix=0.0",), wrong=(mixture_game,), data=compared, spread=1.0),
     "nash_md": Case("nash_md", nash_md, Reward(0.5), wrong=(partial(nash_md, beta=0.0), partial(nash_md, beta=-0.1)), data=only),
     "xpo": case(
         "xpo",
