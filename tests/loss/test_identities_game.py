@@ -19,7 +19,14 @@ ADVANTAGE = "streams.rollouts.advantage"
 def weights(wins: list[dict[int, float]], ratios: list[float], **settings: Any) -> tuple[list[float], dict[str, Any]]:
     """Of one-token answers, times their number, without the KL; ``ratios`` are log(pi / base)."""
     rows = [
-        Row(ids=[1, 2], sources=["prompt", "policy"], logps={"current": [0.0, -2.0], "base": [0.0, -2.0 - d]}, group="g", sample_id=f"7/q/{i}", rewards={f"judge/against/{k}": p for k, p in beats.items()})
+        Row(
+            ids=[1, 2],
+            sources=["prompt", "policy"],
+            logps={"current": [0.0, -2.0], "base": [0.0, -2.0 - d]},
+            group="g",
+            sample_id=f"7/q/{i}",
+            rewards={f"judge/against/{k}": p for k, p in beats.items()},
+        )
         for i, (beats, d) in enumerate(zip(wins, ratios, strict=True))
     ]
     goal = composed("nash_md_mixture", ("regularizers.kl=null", *(f"{ADVANTAGE}.{k}={v}" for k, v in settings.items())))
