@@ -138,3 +138,15 @@ def test_one_stream_of_two_may_read_its_own_choices() -> None:
     assert both.needs.own_input and not none.needs.own_input
     given = batch(row(-1.0, -2.0))
     assert none.own_input(given) is None and both.own_input(given) is not None
+
+
+def test_a_hinge_that_is_cleared_costs_nothing() -> None:
+    goal = objective(paired=True, advantage=advantage.Pairwise(f="hinge", score="log_ratio_sum", to="base", beta=0.5))
+    cleared, short = ([row(up, pair="p", side="chosen"), row(-1.0, pair="p", side="rejected")] for up in (4.0, 0.0))
+    assert [goal(batch(*pair)).metrics["s/preference_loss"] for pair in (cleared, short)] == [(0.0, 1.0), (0.5, 1.0)]
+
+
+def test_settings_of_lists_are_read() -> None:
+    for wrong, said in (({"temperature": -1.0}, "temperature=-1.0 must not be negative"), ({"beta": 0.0}, "beta=0"), ({"f": "hinge"}, "f='hinge' does not exist"), ({"score": "sum"}, "score='sum'")):
+        with pytest.raises(ValueError, match=said):
+            advantage.Listwise(**wrong)  # type: ignore[arg-type]

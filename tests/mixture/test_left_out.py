@@ -132,3 +132,8 @@ def test_a_reward_of_no_number_is_an_error_before_any_is_left_out() -> None:
 
 def test_draws_begin_with_the_same_seed() -> None:
     assert Rejection().seed == 0
+
+
+def test_a_single_peer_does_not_vary() -> None:
+    found = GroupAdvantage(scale="loo_std", ddof=1, eps=0.25)([group("q", 1.0, 0.0)])[0]
+    assert [r.advantage for r in found.rollouts] == [2.0, -2.0], "half a reward from the mean, over eps"
