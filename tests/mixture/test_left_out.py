@@ -136,4 +136,4 @@ def test_draws_begin_with_the_same_seed() -> None:
 
 def test_a_single_peer_does_not_vary() -> None:
     found = GroupAdvantage(scale="loo_std", ddof=1, eps=0.25)([group("q", 1.0, 0.0)])[0]
-    assert [r.advantage for r in found.rollouts] == [2.0, -2.0], "half a reward from the mean, over eps"
+    assert [r.advantage for r in found.rollouts] == [0.5, -0.5], "what does not vary divides nothing"
