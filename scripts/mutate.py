@@ -45,6 +45,8 @@ TESTS = {
     "posttrain/advantage": ["tests/advantage", "tests/mixture/test_edges.py", "tests/mixture/test_left_out.py", "tests/mixture/test_declared.py", *MATHS],
     "posttrain/mixture": ["tests/mixture", "tests/rollout/test_environment.py", "tests/contract/test_stages.py", *MATHS],
 }
+TABLE = "tests/mixture/test_declared.py"
+"""Reads what classes declare, and executes nothing of them."""
 ENOUGH = 0.95
 TEST_S, MEMORY = 60, 8 << 30
 SEEN, IMPORT = "_mutate_seen", "(while tests are imported)"
@@ -190,7 +192,7 @@ def ranking(m: Mutant, tests: dict[str, dict], lines: dict[str, set[tuple[str, i
     """The tests that can notice an error, the likely ones first.
 
     Those that execute the statement, quick ones before slow ones.  What is executed when modules are imported can matter to every test that
-    executes anything of the same class or function, and if there is none, to all.
+    executes anything of the same class or function, and if there is none, to all; and to the table of declarations.
     """
     files = next(files for folder, files in TESTS.items() if m.file.startswith(folder))
     own, scope = (m.file, statement_line(m, source)), scope_of(m, source)
@@ -198,7 +200,7 @@ def ranking(m: Mutant, tests: dict[str, dict], lines: dict[str, set[tuple[str, i
     for name, test in tests.items():
         if not test["failed"] and name.startswith(tuple(files)):
             executed = lines[name]
-            near[0 if own in executed else 1 if any((m.file, n) in executed for n in scope) else 2].append(name)
+            near[0 if own in executed else 1 if name.startswith(TABLE) or any((m.file, n) in executed for n in scope) else 2].append(name)
     at_import = own in lines[IMPORT] or not near[0]
     chosen = near[0] + (near[1] if at_import else []) or near[2]
     return {name: (name not in near[0], round(tests[name]["seconds"], 2), name) for name in chosen}

@@ -150,3 +150,16 @@ def test_settings_of_lists_are_read() -> None:
     for wrong, said in (({"temperature": -1.0}, "temperature=-1.0 must not be negative"), ({"beta": 0.0}, "beta=0"), ({"f": "hinge"}, "f='hinge' does not exist"), ({"score": "sum"}, "score='sum'")):
         with pytest.raises(ValueError, match=said):
             advantage.Listwise(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_shift_is_reported_where_there_is_one() -> None:
+    terms = [advantage.Pointwise(f="logistic", score="log_ratio_sum", to="base", shift=shift) for shift in ("none", "running_mean")]
+    rows = [row(-0.5, rewards={"label": 1.0}), row(-1.5, rewards={"label": 0.0})]
+    assert ["s/shift" in objective(advantage=term, aggregation=aggregate.SequenceMeanTokenSum())(batch(*rows)).metrics for term in terms] == [False, True]
+
+
+@pytest.mark.parametrize(("ratio", "masked"), [(80.0, 0.0), (80.5, 1.0), (100.0, 1.0), (200.0, 1.0)])
+def test_a_taper_that_has_gone_to_nothing_counts_as_a_mask(ratio: float, masked: float) -> None:
+    goal = objective(masks={"taper": mask.GammaTaper(to="base")}, aggregation=aggregate.TokenMean())
+    found = goal(batch(row(-1.0, base=-1.0 - ratio)))
+    assert found.metrics["s/taper/masked"] == (masked, 1.0) and float(found.loss) == 0.0

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.advantage.exits import Progress, RankDecay
 from posttrain.advantage.group import BatchWhiten, GroupAdvantage, statistics
-from posttrain.advantage.pick import Among
+from posttrain.advantage.pick import Among, RunningBaseline
 from posttrain.advantage.plain import Placed
 from posttrain.advantage.shape import ByDirection, ScaleBy, TrustMix
 from posttrain.loss import Stream, advantage, aggregate, likelihood, reference
@@ -108,6 +108,9 @@ def test_who_failed_has_no_direction_and_no_tag() -> None:
     asked = scores(1.0, None, think=Score(0.4))
     asked = replace(asked, prompt=replace(asked.prompt, meta={"think": 2.0}))
     assert [r.reward for r in ByDirection()([asked])[0].rollouts] == [pytest.approx(0.8), None]
+    whole = scores(1.0, 0.0, think=Score(0.4), **{"think/part": Score(7.0)})
+    whole = replace(whole, prompt=replace(whole.prompt, meta={"think": 2.0}))
+    assert [r.reward for r in ByDirection()([whole])[0].rollouts] == [pytest.approx(0.8)] * 2, "parts of a reward are no rewards"
     unheard = OutcomeTag("good", "bad", success=Success(metric="think"), encode=lambda text: (9,))
     (out,) = unheard([scores(1.0, 1.0, think=Score(None, "error"))], Demos(), 0, 0.0)
     assert out.dropped == "no_verdict" and [r.advantage for r in out.rollouts] == [None, None]
@@ -128,6 +131,8 @@ def test_statistics_count_those_that_have_an_advantage() -> None:
 def test_a_reward_of_no_number_is_an_error_before_any_is_left_out() -> None:
     with pytest.raises(ValueError, match="nan"):
         Among(GroupAdvantage())([group("q", math.nan, 1.0)])
+    with pytest.raises(ValueError, match="nan"):
+        RunningBaseline()([group("q", math.nan, 1.0)])
 
 
 def test_draws_begin_with_the_same_seed() -> None:
