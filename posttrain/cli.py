@@ -22,7 +22,8 @@ from typing import Any
 
 from posttrain import help as pages
 from posttrain import targets
-from posttrain.config import ConfigError, RunConfig, check, from_mapping
+from posttrain.checks import check
+from posttrain.config import ConfigError, RunConfig, from_mapping
 from posttrain.messages import describe, did_you_mean, exit_code, listing, reword
 from posttrain.paths import CONFIGS, RECIPES, import_from
 from posttrain.preflight import PREVIOUS

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posttrain import cluster
-from posttrain.config import ClusterConfig, RunConfig, check
+from posttrain.checks import check
+from posttrain.config import ClusterConfig, RunConfig
 from posttrain.preflight import PREVIOUS, context, idle, model, names, resources
 
 Verdict = Literal["ok", "warning", "error"]

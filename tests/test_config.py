@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from posttrain.checks import check
 from posttrain.cli import compose_loss
-from posttrain.config import ConfigError, LearnerConfig, RunConfig, check, from_mapping
+from posttrain.config import ConfigError, LearnerConfig, RunConfig, from_mapping
 from posttrain.mixture.gate import InTurn
 from posttrain.mixture.pairs import BestWorst
 from posttrain.words import Words, open_map

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from posttrain.advantage import Chain, GroupAdvantage, Reward
 from posttrain.advantage.exits import Progress, RankDecay, Serial, learnt_from, serial_groups, values
-from posttrain.config import needs_group
+from posttrain.checks import needs_group
 from posttrain.data.rows import to_rows
 from posttrain.records import Group, Prompt, Rollout, Segment, Source, TokenBatch
 from posttrain.testing.check import check_slicing

@@ -27,7 +27,7 @@ from posttrain.advantage import (
     soft_maximum,
 )
 from posttrain.advantage.group import Estimator
-from posttrain.config import needs_group
+from posttrain.checks import needs_group
 from posttrain.data.rows import to_rows
 from posttrain.records import Group, Sampling, Score, Segment, Source
 from tests.advantage.test_group import group, values

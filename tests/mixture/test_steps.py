@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from posttrain.build import Engines
+from posttrain.checks import check
 from posttrain.cli import _build, _compose
-from posttrain.config import ConfigError, check
+from posttrain.config import ConfigError
 from posttrain.data.rows import to_rows
 from posttrain.loss import load
 from posttrain.mixture.demos import Demos
