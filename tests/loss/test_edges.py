@@ -163,3 +163,16 @@ def test_a_taper_that_has_gone_to_nothing_counts_as_a_mask(ratio: float, masked:
     goal = objective(masks={"taper": mask.GammaTaper(to="base")}, aggregation=aggregate.TokenMean())
     found = goal(batch(row(-1.0, base=-1.0 - ratio)))
     assert found.metrics["s/taper/masked"] == (masked, 1.0) and float(found.loss) == 0.0
+
+
+def test_lambda_by_length_is_never_below_zero() -> None:
+    """lambda = 1 - 1/(a T): with a = 0.25, 0 up to four tokens, then 1/5 and more."""
+    def at_start(tokens: int) -> float:
+        goal = objective(advantage=advantage.GeneralizedAdvantage(lam_by_length=0.25, coef=0.0), reference=SELF, aggregation=aggregate.PairSum())
+        one = Row(ids=[1] * (tokens + 1), sources=["prompt", *["demo"] * tokens], logps={"current": [-1.0] * (tokens + 1), "value": [0.0] * tokens + [0.5]}, advantage=1.0, pair="p", side="chosen")
+        return float(goal.weights(batch(one))[0])
+
+    # all values but the last are 0: the reward, 1 - 0.5 at the end and 0.5 before it, is carried back by lambda^(T-1) and lambda^(T-2)
+    for tokens in (2, 3, 4, 5, 8):
+        lam = max(1 - 1 / (0.25 * tokens), 0.0)
+        assert at_start(tokens) == pytest.approx(0.5 * lam ** (tokens - 1) + 0.5 * lam ** (tokens - 2)), tokens
