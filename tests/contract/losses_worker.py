@@ -102,7 +102,7 @@ def learn(engine: Any, objective: Objective, batch: TokenBatch, parts: list[list
         found = scores(engine, whole, parts, *wanted)
         whole = whole.with_logps(**{name: found[name] for name in wanted})
     weights = None
-    if objective.needs.keep_whole and len(parts) > 1:
+    if objective.needs.keep_whole and (len(parts) > 1 or objective.needs.coupling == "batch"):
         weights = objective.weights(whole, scores(engine, whole, parts)["logp"])
     mine = parts[rank::world_size]
     for index, part in enumerate(mine):
