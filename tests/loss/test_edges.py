@@ -176,3 +176,37 @@ def test_lambda_by_length_is_never_below_zero() -> None:
     for tokens in (2, 3, 4, 5, 8):
         lam = max(1 - 1 / (0.25 * tokens), 0.0)
         assert at_start(tokens) == pytest.approx(0.5 * lam ** (tokens - 1) + 0.5 * lam ** (tokens - 2)), tokens
+
+
+@pytest.mark.parametrize(
+    ("level", "values", "fits"),
+    [
+        ("sequence_geometric", {"low": 0.0999, "high": 0.0999}, True), ("sequence_geometric", {"low": 0.1}, False), ("sequence_geometric", {"high": 0.1}, False),
+        ("token", {"low": 0.01, "high": 0.01}, True), ("token", {"low": 0.0099}, False), ("token", {"high": 0.0099}, False), ("token", {"high": 0.999}, True),
+        ("token", {"high": 1.0}, False), ("token", {"low": 1.0, "high": math.inf}, True), ("token", {"low": 0.0, "high": 0.0}, True),
+    ],
+)  # fmt: skip
+def test_ranges_at_the_ends_of_their_scale(level: str, values: dict[str, float], fits: bool) -> None:
+    given = {"low": {"token": 0.2}.get(level, 3e-4), "high": {"token": 0.2}.get(level, 3e-4), **values}
+    stream = Stream(["demo"], likelihood.Token(ratio=level), reference.Named("old"), advantage.One(), aggregate.TokenMean())
+    if fits:
+        mask.RatioClip(**given).fits(stream)
+    else:
+        with pytest.raises(ValueError, match=r"mask\.RatioClip"):
+            mask.RatioClip(**given).fits(stream)
+
+
+@pytest.mark.parametrize(("gain", "masked"), [(1.0, 0.0), (0.0, 0.0), (-1.0, 0.0)])
+def test_a_probability_at_its_bound_has_not_moved_too_far(gain: float, masked: float) -> None:
+    """From one half to 1 and from 1 to one half, bounds of one half; and an advantage of 0 pushes nowhere."""
+    goal = objective(masks={"near": mask.Divergence("tv", 0.5, 0.5, to="base")}, advantage=advantage.Column(), aggregation=aggregate.TokenMean())
+    half = math.log(0.5)
+    assert goal(batch(row(0.0, base=half, advantage=gain), row(half, base=0.0, advantage=gain))).metrics["s/near/masked"] == (masked, 2.0)
+
+
+def test_an_advantage_of_zero_pushes_nowhere() -> None:
+    goal = objective(masks={"near": mask.Divergence("tv", 0.1, 0.1, to="base")}, advantage=advantage.Column(), aggregation=aggregate.TokenMean())
+    half = math.log(0.5)
+    for gain, masked in ((0.0, 0.0), (1e-9, 1.0), (-1e-9, 1.0)):
+        found = goal(batch(row(0.0, base=half, advantage=gain), row(half, base=0.0, advantage=gain))).metrics
+        assert found["s/near/masked"] == (masked, 2.0)
