@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from posttrain.mixture.steps import FirstBadStep, begun_with
-from posttrain.records import Group, Prompt
+from posttrain.records import Group
 from posttrain.reward.place import ENDS
-from posttrain.rollout.strategy import Ask, Fixed, StepInfo
+from posttrain.rollout.strategy import Around, Ask, Fixed, StepInfo
 
 
 @dataclass(frozen=True)
-class Continued:
+class Continued(Around):
     """Another strategy, whose wrong answers are continued from behind every step; the continuations join their group.
 
     Source: Monte Carlo estimates of a step's Q, arXiv 2406.14532 (secondary).
@@ -72,15 +71,6 @@ class Continued:
         ends = {bisect_left(range(1, len(ids) + 1), place, key=lambda n: len(decode(ids[:n]))) + 1 for place in places}  # a text grows with its tokens
         return sorted(end for end in ends if end < len(ids))
 
-    def num_prompts(self, info: StepInfo) -> int:
-        return self.inner.num_prompts(info)
-
-    def skip(self, prompt: Prompt, info: StepInfo) -> str | None:
-        return self.inner.skip(prompt, info)
-
-    def plan(self, prompts: Sequence[Prompt], info: StepInfo) -> list[Ask]:
-        return self.inner.plan(prompts, info)
-
     def observe(self, group: Group, info: StepInfo) -> list[Ask]:
         assert self.pairs is not None
         if more := self.inner.observe(_first(group), info):
@@ -90,16 +80,6 @@ class Continued:
 
     def admit(self, group: Group, info: StepInfo) -> str | None:
         return self.inner.admit(_first(group), info)
-
-    def short(self, kept: int, target: int, counts: Counter[str]) -> None:
-        self.inner.short(kept, target, counts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if hasattr(self.inner, "load_state_dict"):
-            self.inner.load_state_dict(state)
 
 
 def _first(group: Group) -> Group:

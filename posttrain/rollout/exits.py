@@ -9,16 +9,15 @@ from __future__ import annotations
 import random
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 from posttrain.data.seeds import derive
-from posttrain.records import Group, Prompt, Rollout, Segment, Source
+from posttrain.records import Group, Rollout, Segment, Source
 from posttrain.rollout.environment import _read
-from posttrain.rollout.strategy import Ask, Fixed, StepInfo
+from posttrain.rollout.strategy import Around, Ask, Fixed, StepInfo
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -53,7 +52,7 @@ def tokens_of(ids: Sequence[int], characters: int, decode: Decode) -> int:
 
 
 @dataclass(frozen=True)
-class Exits:
+class Exits(Around):
     """Another strategy, and of each of its answers (the chains) some that leave it early and are made to answer.
 
     Source: the serial group of S-GRPO, arXiv 2505.07686; the forced answers of MRT, arXiv 2503.07572.
@@ -146,15 +145,6 @@ class Exits:
         return Rollout(chain.sample_id, chain.prompt, kept, "given", chain.sampling, text, turns=said, routing=routing, left=left)
 
     # -- the strategy ---------------------------------------------------------------------------------------------------------------
-    def num_prompts(self, info: StepInfo) -> int:
-        return self.inner.num_prompts(info)
-
-    def skip(self, prompt: Prompt, info: StepInfo) -> str | None:
-        return self.inner.skip(prompt, info)
-
-    def plan(self, prompts: Sequence[Prompt], info: StepInfo) -> list[Ask]:
-        return self.inner.plan(prompts, info)
-
     def observe(self, group: Group, info: StepInfo) -> list[Ask]:
         if any(r.left is not None for r in group.rollouts):
             return []
@@ -166,16 +156,6 @@ class Exits:
     def admit(self, group: Group, info: StepInfo) -> str | None:
         chains = tuple(r for r in group.rollouts if r.left is None)
         return self.inner.admit(replace(group, rollouts=chains), info) or (None if len(chains) < len(group.rollouts) else "no_exit")
-
-    def short(self, kept: int, target: int, counts: Counter[str]) -> None:
-        self.inner.short(kept, target, counts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if hasattr(self.inner, "load_state_dict"):
-            self.inner.load_state_dict(state)
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[int, ...]:

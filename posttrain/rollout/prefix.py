@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +17,7 @@ from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import answer_of
 from posttrain.mixture.schedule import Cosine, Scalar, at
 from posttrain.records import Demo, Group, Prompt, Rollout, Segment, Source
-from posttrain.rollout.strategy import Ask, Fixed, StepInfo
+from posttrain.rollout.strategy import Around, Ask, Fixed, StepInfo
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class BinomialShare:
 
 
 @dataclass(frozen=True)
-class WithPrefix:
+class WithPrefix(Around):
     """Another strategy, some of whose answers begin with a piece of the prompt's demonstration.
 
     ``length``: share of the demonstration's answer, drawn per prompt and step.  ``samples``: how many answers of a group begin so (the group keeps its size);
@@ -101,12 +100,6 @@ class WithPrefix:
         share = self.length(random.Random(derive(self.seed, "prefix", info.step, prompt.id)), info.progress)
         return ids[: min(math.floor(share * len(ids) + 1e-9), len(ids) - 1)]
 
-    def num_prompts(self, info: StepInfo) -> int:
-        return self.inner.num_prompts(info)
-
-    def skip(self, prompt: Prompt, info: StepInfo) -> str | None:
-        return self.inner.skip(prompt, info)
-
     def plan(self, prompts: Sequence[Prompt], info: StepInfo) -> list[Ask]:
         asks = []
         for ask in self.inner.plan(prompts, info):
@@ -121,22 +114,6 @@ class WithPrefix:
                     Ask(ask.prompt, self.samples, ask.first + ask.n - self.samples, prefix=prefix),
                 ]
         return asks
-
-    def observe(self, group: Group, info: StepInfo) -> list[Ask]:
-        return self.inner.observe(group, info)
-
-    def admit(self, group: Group, info: StepInfo) -> str | None:
-        return self.inner.admit(group, info)
-
-    def short(self, kept: int, target: int, counts: Counter[str]) -> None:
-        self.inner.short(kept, target, counts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if hasattr(self.inner, "load_state_dict"):
-            self.inner.load_state_dict(state)
 
 
 def answer_ids(demo: Demo) -> tuple[int, ...]:

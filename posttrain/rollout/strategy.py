@@ -184,17 +184,10 @@ class Dynamic:
         self.resting = dict(state["resting"])
 
 
-@dataclass(frozen=True)
-class WithGreedy:
-    """Another strategy, and one greedy answer more for every prompt: a baseline that costs one sample (ReMax, arXiv 2310.10505).
+class Around:
+    """A strategy around another one, ``inner``: what a subclass does not say, the inner strategy does."""
 
-    The greedy answer is scored like the others and joins its group last; ``inner`` (``Fixed`` by default) decides on the samples alone.
-    """
-
-    inner: Any = field(default_factory=Fixed)
-
-    def bound(self, n: int) -> WithGreedy:
-        return replace(self, inner=self.inner.bound(n))
+    inner: Any
 
     def num_prompts(self, info: StepInfo) -> int:
         return self.inner.num_prompts(info)
@@ -206,12 +199,10 @@ class WithGreedy:
         return self.inner.plan(prompts, info)
 
     def observe(self, group: Group, info: StepInfo) -> list[Ask]:
-        if any(r.sampling.temperature == 0 for r in group.rollouts):
-            return []
-        return self.inner.observe(group, info) or [Ask(group.prompt, 1, len(group.rollouts), greedy=True)]
+        return self.inner.observe(group, info)
 
     def admit(self, group: Group, info: StepInfo) -> str | None:
-        return self.inner.admit(replace(group, rollouts=tuple(r for r in group.rollouts if r.sampling.temperature > 0)), info)
+        return self.inner.admit(group, info)
 
     def short(self, kept: int, target: int, counts: Counter[str]) -> None:
         self.inner.short(kept, target, counts)
@@ -222,6 +213,27 @@ class WithGreedy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if hasattr(self.inner, "load_state_dict"):
             self.inner.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class WithGreedy(Around):
+    """Another strategy, and one greedy answer more for every prompt: a baseline that costs one sample (ReMax, arXiv 2310.10505).
+
+    The greedy answer is scored like the others and joins its group last; ``inner`` (``Fixed`` by default) decides on the samples alone.
+    """
+
+    inner: Any = field(default_factory=Fixed)
+
+    def bound(self, n: int) -> WithGreedy:
+        return replace(self, inner=self.inner.bound(n))
+
+    def observe(self, group: Group, info: StepInfo) -> list[Ask]:
+        if any(r.sampling.temperature == 0 for r in group.rollouts):
+            return []
+        return self.inner.observe(group, info) or [Ask(group.prompt, 1, len(group.rollouts), greedy=True)]
+
+    def admit(self, group: Group, info: StepInfo) -> str | None:
+        return self.inner.admit(replace(group, rollouts=tuple(r for r in group.rollouts if r.sampling.temperature > 0)), info)
 
 
 def _size(n: int | None) -> int:

@@ -210,3 +210,20 @@ def test_an_advantage_of_zero_pushes_nowhere() -> None:
     for gain, masked in ((0.0, 0.0), (1e-9, 1.0), (-1e-9, 1.0)):
         found = goal(batch(row(0.0, base=half, advantage=gain), row(half, base=0.0, advantage=gain))).metrics
         assert found["s/near/masked"] == (masked, 2.0)
+
+
+def test_classes_weigh_what_they_are_given_and_are_told_by_their_labels() -> None:
+    def goal(f: str, good: float, bad: float) -> Objective:
+        return objective(advantage=advantage.Pointwise(f=f, score="log_ratio_sum", to="base", beta=0.5, good=good, bad=bad), aggregation=aggregate.SequenceMeanTokenSum())  # type: ignore[arg-type]
+
+    rows = [row(-0.6, rewards={"label": 0.5}), row(-1.4, rewards={"label": 1.0})]
+    single, double = goal("squared", 1.0, 1.0).weights(batch(*rows)).tolist(), goal("squared", 2.0, 2.0).weights(batch(*rows)).tolist()
+    assert double == pytest.approx([2 * w for w in single]) and single == pytest.approx([-0.4, 1.4])
+    quiet = goal("logistic", 0.4, 0.4)(batch(row(-0.6, rewards={"label": 1.0}), row(-1.4, rewards={"label": 1.0}))).metrics
+    assert quiet["s/accuracy"] == (1.0, 2.0), "good is the label, not the weight of its class"
+
+
+def test_the_second_pass_counts_tokens_too() -> None:
+    goal, data = objective(aggregation=aggregate.TokenMean()), batch(row(-1.0, -1.0, -1.0), row(-1.0))
+    again = goal(data, logp=data.logps["current"].clone().requires_grad_(), weights=goal.weights(data)).metrics
+    assert again["s/tokens"] == goal(data).metrics["s/tokens"] == (4.0, 0.0)

@@ -15,7 +15,7 @@ from posttrain.advantage.pick import Among, RunningBaseline
 from posttrain.advantage.plain import Placed
 from posttrain.advantage.shape import ByDirection, ScaleBy, TrustMix
 from posttrain.loss import Stream, advantage, aggregate, likelihood, reference
-from posttrain.mixture.control import LookAhead, Proportional, steer
+from posttrain.mixture.control import LookAhead, Proportional, Threshold, steer
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import Success, answer_of
 from posttrain.mixture.rejection import Rejection
@@ -142,3 +142,11 @@ def test_draws_begin_with_the_same_seed() -> None:
 def test_a_single_peer_does_not_vary() -> None:
     found = GroupAdvantage(scale="loo_std", ddof=1, eps=0.25)([group("q", 1.0, 0.0)])[0]
     assert [r.advantage for r in found.rollouts] == [0.5, -0.5], "what does not vary divides nothing"
+
+
+def test_a_controller_may_begin_at_either_end() -> None:
+    for init in (0.1, 0.9):
+        assert Threshold(name="t", metric="m/x", init=init, low=0.1, high=0.9).begin()["value"] == init
+    for init in (0.09, 0.91):
+        with pytest.raises(ValueError, match=r"init=0\.\d+"):
+            Threshold(name="t", metric="m/x", init=init, low=0.1, high=0.9)
