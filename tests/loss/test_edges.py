@@ -227,3 +227,46 @@ def test_the_second_pass_counts_tokens_too() -> None:
     goal, data = objective(aggregation=aggregate.TokenMean()), batch(row(-1.0, -1.0, -1.0), row(-1.0))
     again = goal(data, logp=data.logps["current"].clone().requires_grad_(), weights=goal.weights(data)).metrics
     assert again["s/tokens"] == goal(data).metrics["s/tokens"] == (4.0, 0.0)
+
+
+def test_a_score_of_nothing_is_right_for_a_bad_answer_alone() -> None:
+    goal = objective(advantage=advantage.Pointwise(f="logistic", score="log_ratio_sum", to="base", beta=0.5), aggregation=aggregate.SequenceMeanTokenSum())
+    for label, right in ((0.0, 2.0), (1.0, 0.0)):
+        assert goal(batch(*[row(-1.0, rewards={"label": label})] * 2)).metrics["s/accuracy"] == (right, 2.0)
+
+
+def test_bounds_of_a_rejection_are_kept() -> None:
+    for low, high in ((0.5, 1.0), (1.0, 2.0)):
+        goal = objective(masks={"reject": mask.Reject(low, high, to="base", over="self")}, aggregation=aggregate.TokenMean())
+        assert goal(batch(row(-1.0, base=-1.0))).metrics["s/reject/masked"] == (0.0, 1.0)
+
+
+def test_a_reward_that_is_missing_is_an_error_beside_answers_that_need_none() -> None:
+    goal = objective(advantage=advantage.Pairwise(score="log_ratio_sum", to="base", gap="score"))
+    with pytest.raises(ValueError, match=r"reads the reward 'score'; the batch has none"):
+        rows = [row(x, pair=name, side=side) for name in "pq" for x, side in ((-1.0, "chosen"), (-2.0, "rejected"))]
+        alone = Row(ids=[1, 2], sources=["prompt", "tool"], logps={"current": [0.0, -1.0], "base": [0.0, -1.0]})
+        goal.weights(batch(*rows, alone))
+
+
+def test_all_of_what_is_read_may_be_its_own() -> None:
+    def share(value: float) -> Any:
+        stream = Stream(["demo"], likelihood.Token(), SELF, advantage.One(), aggregate.TokenMean(), own_input=value)
+        return Objective({"s": stream}).own_input(batch(row(-1.0, -1.0)))
+
+    assert share(1.0).tolist() == [1.0, 1.0] and share(0.0) is None
+    with pytest.raises(ValueError, match="own_input"):
+        share(1.1)
+
+
+def test_pairs_of_another_stream_are_not_counted() -> None:
+    goal = objective(source=["policy"], paired=True, advantage=advantage.Pairwise(score="log_ratio_sum", to="base", beta=0.5))
+
+    def pair(name: str, source: str) -> list[Row]:
+        return [
+            Row(ids=[1, 2], sources=["prompt", source], logps={"current": [0.0, x], "base": [0.0, -1.0]}, pair=name, side=side)  # type: ignore[arg-type]
+            for x, side in ((-0.5, "chosen"), (-2.0, "rejected"))
+        ]
+
+    own, both = goal(batch(*pair("p", "policy"))).metrics, goal(batch(*pair("p", "policy"), *pair("q", "demo"))).metrics
+    assert own["s/preference_loss"] == both["s/preference_loss"] and both["s/preference_loss"][1] == 1.0

@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.advantage.exits import Progress, RankDecay
 from posttrain.advantage.group import BatchWhiten, GroupAdvantage, statistics
-from posttrain.advantage.pick import Among, RunningBaseline
+from posttrain.advantage.pick import Among, Extremes, RunningBaseline
 from posttrain.advantage.plain import Placed
 from posttrain.advantage.shape import ByDirection, ScaleBy, TrustMix
 from posttrain.loss import Stream, advantage, aggregate, likelihood, reference
@@ -19,6 +19,7 @@ from posttrain.mixture.control import LookAhead, Proportional, Threshold, steer
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import Success, answer_of
 from posttrain.mixture.rejection import Rejection
+from posttrain.mixture.schedule import Cosine
 from posttrain.mixture.tagged import OutcomeTag
 from posttrain.mixture.turns import WithoutCritique
 from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Score, Segment, Source
@@ -150,3 +151,21 @@ def test_a_controller_may_begin_at_either_end() -> None:
     for init in (0.09, 0.91):
         with pytest.raises(ValueError, match=r"init=0\.\d+"):
             Threshold(name="t", metric="m/x", init=init, low=0.1, high=0.9)
+
+
+def test_settings_at_their_ends() -> None:
+    for best, worst in ((-1, 3), (3, -1), (0, 0)):
+        with pytest.raises(ValueError, match="must not be negative, and not both 0"):
+            Extremes(best, worst)
+    assert (Extremes(0, 1).worst, Extremes(1, 0).best) == (1, 1)
+    assert LookAhead(name="blend", every=1, warmup=1).every == 1
+    for wrong in ({"every": 0}, {"warmup": 0}, {"rate": -0.1}, {"entropy_rate": -0.1}):
+        with pytest.raises(ValueError, match="LookAhead"):
+            LookAhead(name="blend", **wrong)  # type: ignore[arg-type]
+    assert OutcomeTag("good", "bad").max_feedback_tokens == 128
+
+
+def test_half_a_cosine_goes_from_start_to_end() -> None:
+    curve = Cosine(0.9, 0.5, begin=0.2, until=0.6)
+    assert [curve(u) for u in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0.9, 0.9, 0.7, 0.5, 0.5])
+    assert curve(0.3) == pytest.approx(0.5 + 0.4 * (1 + math.cos(math.pi / 4)) / 2)
