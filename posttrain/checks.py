@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from posttrain.config import ConfigError, RunConfig
+from posttrain.loss.unified import declared
 
 Require = Callable[[bool, str], None]
 """Raises with the message when it does not hold."""
@@ -110,6 +111,8 @@ def _check_sampled(config: RunConfig, sources: set[str], require: Require) -> No
     )
     if needs_group(config.advantage):
         require(rollout.n > 1, f"rollout.n={rollout.n}: {type(config.advantage).__name__} compares answers to one prompt; set rollout.n to 2 or more")
+    live = [type(s.advantage).__name__ for s in config.loss.streams.values() if "policy" in s.source and not s.paired and declared(s.advantage, "coupling") == "group"]
+    require(rollout.n > 1 or not live, f"rollout.n={rollout.n}: {''.join(live[:1])} of loss {config.loss.name!r} compares answers to one prompt; set rollout.n to 2 or more")
     paired = any(s.paired and "policy" in s.source for s in config.loss.streams.values())
     require(
         not paired or making,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from posttrain.advantage import Reward
 from posttrain.checks import check
 from posttrain.cli import compose_loss
 from posttrain.config import ConfigError, LearnerConfig, RunConfig, from_mapping
@@ -49,6 +50,13 @@ def test_a_good_config_passes() -> None:
 
 def test_sampled_pairs_and_a_base_that_moves_pass() -> None:
     check(settings(loss="online_dpo", mixture__gate=InTurn({"pairs": BestWorst()}), learner__base_every=5, learner__base_mix=0.6))
+
+
+@pytest.mark.parametrize(("loss", "term"), [("otb", "TokenBaseline"), ("gvpo", "GroupCenter"), ("nash_md_mixture", "WinAgainstMixture")])
+def test_terms_that_compare_answers_need_more_than_one(loss: str, term: str) -> None:
+    check(settings(loss=loss))
+    with pytest.raises(ConfigError, match=f"rollout.n=1: {term} of loss '{loss}' compares answers to one prompt"):
+        check(settings(loss=loss, rollout__n=1, advantage=Reward()))
 
 
 def test_experts_are_replayed_where_there_are_some_to_replay() -> None:
