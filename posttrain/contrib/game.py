@@ -35,6 +35,7 @@ class WinAgainstMixture:
     of: str = "judge"
     coupling = "group"
     live = True
+    compares = True
 
     def __post_init__(self) -> None:
         if not callable(self.mix) and not 0 <= self.mix <= 1:

@@ -136,13 +136,19 @@ class Probe:
                     group=i // GROUP if context == self.stream.context else None,
                     pair=i // 2 if self.in_pairs else None,
                     side=("chosen", "rejected")[i % 2] if self.in_pairs else None,
-                    rewards={name: float(i % 2 == 0) for name in names},
+                    rewards={name: float(i % 2 == 0) for name in names} | self._against(i),
                     context=context,
                     sample_id=f"{context} {i}".strip(),
                 )
             )
         batch = TokenBatch.from_sequences(rows, fresh=False, dtype=torch.float64)
         return batch.replace(totals=self.objective.totals(batch))
+
+    def _against(self, i: int) -> dict[str, float]:
+        """Comparisons with the other answers of the group, for a term that reads them: every other answer wins them all."""
+        term = self.stream.advantage
+        others = [j for j in range(SEQUENCES) if j // GROUP == i // GROUP and j != i] if getattr(term, "compares", False) else []
+        return {f"{term.of}/against/{j}": float(i % 2 == 0) for j in others}
 
     @cached_property
     def _constants(self) -> torch.Tensor:
