@@ -270,3 +270,10 @@ def test_pairs_of_another_stream_are_not_counted() -> None:
 
     own, both = goal(batch(*pair("p", "policy"))).metrics, goal(batch(*pair("p", "policy"), *pair("q", "demo"))).metrics
     assert own["s/preference_loss"] == both["s/preference_loss"] and both["s/preference_loss"][1] == 1.0
+
+
+def test_what_is_declared_by_settings() -> None:
+    told = [advantage.Pointwise(f="sigmoid", score="log_ratio_sum", to="base", shift=shift).contexts for shift in ("none", "mismatched", "running_mean")]
+    assert told == [frozenset(), frozenset({"mismatched"}), frozenset()]
+    for source in (["demo"], ("demo",)):
+        assert Stream(source, likelihood.Token(), SELF, advantage.One(), aggregate.TokenMean()).source == ("demo",)
