@@ -216,7 +216,7 @@ class Playing:
     def _go_on(episode: Episode, glue: tuple[int, ...], answer: Rollout, turn: int) -> None:
         between = Segment(glue, Source.tool, turn=turn, trainable=False)
         own = tuple(replace(s, turn=turn) for s in answer.segments)
-        segments, routing = (*episode.rollout.segments, between, *own), _read(episode.rollout.routing, answer.routing)
+        segments, routing = (*episode.rollout.segments, between, *own), who_read(episode.rollout.routing, answer.routing)
         episode.rollout = replace(episode.rollout, segments=segments, finish=answer.finish, text=answer.text, routing=routing)
         episode.turns.append(("assistant", answer.text))
         episode.over = answer.finish != "stop"
@@ -226,7 +226,7 @@ def _ids(rollout: Rollout) -> tuple[int, ...]:
     return (*rollout.prompt.ids, *(i for segment in rollout.segments for i in segment.ids))
 
 
-def _read(before: Tensor | None, now: Tensor | None) -> Tensor | None:
+def who_read(before: Tensor | None, now: Tensor | None) -> Tensor | None:
     """Who read the tokens of an episode: those that were there when they were sampled, and of the rest the last reading."""
     if before is None or now is None:
         return None

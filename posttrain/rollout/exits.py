@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from posttrain.data.seeds import derive
 from posttrain.records import Group, Rollout, Segment, Source
-from posttrain.rollout.environment import _read
+from posttrain.rollout.environment import who_read
 from posttrain.rollout.strategy import Around, Ask, Fixed, StepInfo
 
 Decode = Callable[[Sequence[int]], str]
@@ -191,6 +191,6 @@ def _go_on(answer: Rollout, begin: Rollout) -> Rollout:
         segments=(*begin.segments, *(replace(s, turn=1) for s in answer.segments)),
         text=begin.text + answer.text,
         turns=(*begin.turns, ("assistant", answer.text)),
-        routing=_read(begin.routing, answer.routing),
+        routing=who_read(begin.routing, answer.routing),
         left=begin.left,
     )
