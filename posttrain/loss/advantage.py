@@ -397,7 +397,7 @@ class GroupCenter:
         count = view.code_count(group, here).to(each.dtype)
         centred = each - view.code_sum(group, each) / count.clamp(min=1)
         centred = centred / {"none": torch.ones_like(count), "size": count, "peers": count - 1}[self.divide].clamp(min=1)
-        return view.spread(torch.where(here & (count > 1), centred, 0.0))
+        return view.spread(centred)
 
     def metrics(self, view: TokenView) -> Metrics:
         return self.inner.metrics(view) if hasattr(self.inner, "metrics") else {}
@@ -518,8 +518,7 @@ class Pairwise:
     def objective(self, view: TokenView) -> Metrics:
         """The published loss, the share of pairs ranked right, the margin ``beta h`` and ``beta`` times the score of each side, per pair."""
         h, score, _ = self._margin(view)
-        chosen = (view.batch.pair >= 0) & (view.batch.side > 0) & view.in_pair
-        rejected = (view.batch.pair >= 0) & (view.batch.side < 0) & view.in_pair
+        chosen, rejected = (view.in_pair & (view.batch.side == side) for side in (1, -1))
         pairs = float(chosen.sum())
         beta = view.at(self.beta)
         loss = self._loss(h, beta, self._offset(view), self._label(view))
@@ -537,7 +536,7 @@ class Pairwise:
         raw = sequence_score(view, self.score, self.to)
         score, slope = self._transformed(raw)
         if (more := view.at(self.shortfall)) != 0:
-            short = (view.batch.side > 0) & (raw < 0)
+            short = (view.batch.side == 1) & (raw < 0)
             score, slope = torch.where(short, (1 + more) * score, score), torch.where(short, (1 + more) * slope, slope)
         return pair_difference(view, score), score, slope
 
@@ -566,7 +565,7 @@ class Pairwise:
         """The probability that the chosen answer is the better one, on both sides of the pair."""
         if self.label is None:
             return 1.0
-        chosen = view.in_pair & (view.batch.side > 0)
+        chosen = view.in_pair & (view.batch.side == 1)
         label = torch.where(chosen, label_column(view, self.label, chosen, "advantage.Pairwise.label"), 0.0)
         return pair_difference(view, label)
 
@@ -687,7 +686,7 @@ class Pointwise:
         score, beta, y, good, bad = self._parts(view)
         if self.f == "squared":
             return view.spread(-2.0 * (good + bad) * (score - (y - 0.5) / beta))
-        r = beta * (score - self._shift(view, score))
+        r = beta * (score - self._shift(view))
         if self.f == "sigmoid":
             return view.spread(beta * (good - bad) * torch.sigmoid(r) * torch.sigmoid(-r))
         return view.spread(beta * (good * torch.sigmoid(-r) - bad * torch.sigmoid(r)))
@@ -696,7 +695,7 @@ class Pointwise:
         """The published loss, the share of answers on the right side of the shift, the share of good ones, ``beta`` times the score of each
         class, and ``beta`` times the shift, per answer."""
         score, beta, y, good, bad = self._parts(view)
-        shift = self._shift(view, score)
+        shift = self._shift(view)
         r = beta * (score - shift)
         loss = {
             "squared": lambda: (good + bad) * (score - (y - 0.5) / beta) ** 2,
@@ -726,7 +725,7 @@ class Pointwise:
         y = label_column(view, self.label, view.member, "advantage.Pointwise.label")
         return sequence_score(view, self.score, self.to), view.at(self.beta), y, view.at(self.good) * y, view.at(self.bad) * (1 - y)
 
-    def _shift(self, view: TokenView, score: Tensor) -> Tensor | float:
+    def _shift(self, view: TokenView) -> Tensor | float:
         if self.shift == "none" or not bool(view.on.any()):
             return 0.0
         view.require_whole(f"advantage.Pointwise(shift={self.shift})")
@@ -839,7 +838,7 @@ class Listwise:
     def _parts(self, view: TokenView) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """beta, r, target and its logarithm, the lists' codes and their sizes."""
         if self.of == "side":
-            codes, reward = view.batch.pair, (view.batch.side > 0).to(view.logp.dtype)
+            codes, reward = view.batch.pair, (view.batch.side == 1).to(view.logp.dtype)
         else:
             codes = view.batch.group
             alone = view.member & (codes < 0)

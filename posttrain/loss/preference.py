@@ -84,7 +84,7 @@ def label_column(view: TokenView, name: str, which: Tensor, what: str) -> Tensor
         if bool(none.any()):
             sample = view.batch.sample_ids[int(none.nonzero()[0])]
             raise ValueError(f"stream {view.name!r}: {what}=side, but sample {sample!r} is in no pair; give the stream paired=true")
-        return (view.batch.side > 0).to(view.logp.dtype)
+        return (view.batch.side == 1).to(view.logp.dtype)
     label = reward_column(view, name, which, what)
     bad = which & ((label < 0) | (label > 1))
     if bool(bad.any()):
