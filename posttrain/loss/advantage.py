@@ -800,12 +800,12 @@ class Listwise:
         view = self._whole(view)
         beta, r, target, log_target, codes, count = self._parts(view)
         if self.f == "noise_contrastive":
-            return view.spread(beta * (target * torch.sigmoid(-r) - torch.sigmoid(r) / count.clamp(min=1)))
+            return view.spread(beta * (target * torch.sigmoid(-r) - torch.sigmoid(r) / count))
         log_p = self._log_softmax(view, codes, r)
         p = torch.exp(log_p)
         if self.f == "softmax":
             return view.spread(beta * (target - p))
-        gap = torch.where(view.member, log_p - log_target, torch.zeros_like(p))
+        gap = log_p - log_target
         return view.spread(-beta * p * (gap - view.code_sum(codes, p * gap)))
 
     def objective(self, view: TokenView) -> Metrics:
@@ -814,18 +814,18 @@ class Listwise:
         _, r, target, log_target, codes, count = self._parts(view)
         log_p = self._log_softmax(view, codes, r)
         if self.f == "noise_contrastive":
-            each = -target * logsigmoid(r) - logsigmoid(-r) / count.clamp(min=1)
+            each = -target * logsigmoid(r) - logsigmoid(-r) / count
         elif self.f == "softmax":
-            each = torch.where(target > 0, -target * log_p, torch.zeros_like(r))
+            each = torch.where(target > 0, -target * log_p, 0.0)
         else:
             each = torch.exp(log_p) * (log_p - log_target)
         here = view.member
-        lists = float((here / count.clamp(min=1).to(r.dtype)).sum())
+        lists = float((here / count).sum())
         best = here & (r == self._max(view, codes, r)) & (target == self._max(view, codes, target))
         hits = (view.code_count(codes, best) > 0) & here
         return {
             "preference_loss": (float(each[here].sum()), lists),
-            "accuracy": (float((hits / count.clamp(min=1).to(r.dtype)).sum()), lists),
+            "accuracy": (float((hits / count).sum()), lists),
         }
 
     def _whole(self, view: TokenView) -> TokenView:
@@ -836,7 +836,7 @@ class Listwise:
         return replace(view, member=view.in_pair)
 
     def _parts(self, view: TokenView) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """beta, r, target and its logarithm, the lists' codes and their sizes."""
+        """beta, r, target and its logarithm, the lists' codes and their sizes (1 outside lists)."""
         if self.of == "side":
             codes, reward = view.batch.pair, (view.batch.side == 1).to(view.logp.dtype)
         else:
@@ -846,7 +846,7 @@ class Listwise:
                 sample = view.batch.sample_ids[int(alone.nonzero()[0])]
                 raise ValueError(f"stream {view.name!r}: advantage.Listwise compares the answers of a group; sample {sample!r} is in none")
             reward = reward_column(view, self.of, view.member, "advantage.Listwise.of")
-        count = view.code_count(codes, view.member)
+        count = view.code_count(codes, view.member).clamp(min=1).to(reward.dtype)
         if self.temperature:
             log_target = self._log_softmax(view, codes, reward / self.temperature)
         else:

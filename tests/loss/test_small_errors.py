@@ -142,6 +142,16 @@ def test_a_class_is_told_by_its_label_and_not_by_its_weight() -> None:
         assert (found["s/good_score"], found["s/bad_score"]) == ((0.5, 1.0), (-0.5, 1.0))
 
 
+def test_the_favourite_of_each_list_is_looked_for_in_its_own() -> None:
+    """Both lists are ranked right, and what is favoured in the second has a lower log-ratio than all of the first."""
+    lists = [row(1.0, group="a", rewards={"reward": 3.0}), row(0.5, group="a", rewards={"reward": 2.0})]
+    lists += [row(-2.0, group="b", rewards={"reward": 1.0}), row(-3.0, group="b", rewards={"reward": 0.0})]
+    for temperature in (0.0, 1.0):
+        goal = objective(advantage=advantage.Listwise(temperature=temperature), aggregation=aggregate.GroupSum())
+        assert goal(batch(*lists)).metrics["s/accuracy"] == (2.0, 2.0)
+        assert goal(batch(*lists[::-1], row(-9.0, sources=["prompt", "policy"]))).metrics["s/accuracy"] == (2.0, 2.0)
+
+
 def test_a_shift_is_counted_once_for_every_answer() -> None:
     goal = objective(advantage=advantage.Pointwise(beta=0.5, shift="running_mean"), aggregation=aggregate.SequenceMeanTokenSum())
     rows = [row(0.0, rewards={"label": 1.0}), row(-2.0, rewards={"label": 0.0}), row(-2.0, rewards={"label": 0.0})]
