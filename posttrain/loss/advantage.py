@@ -821,7 +821,7 @@ class Listwise:
             each = torch.exp(log_p) * (log_p - log_target)
         here = view.member
         lists = float((here / count).sum())
-        best = here & (r == self._max(view, codes, r)) & (target == self._max(view, codes, target))
+        best = (r == view.code_max(codes, r)) & (target == view.code_max(codes, target))
         hits = (view.code_count(codes, best) > 0) & here
         return {
             "preference_loss": (float(each[here].sum()), lists),
@@ -850,21 +850,12 @@ class Listwise:
         if self.temperature:
             log_target = self._log_softmax(view, codes, reward / self.temperature)
         else:
-            best = (reward == self._max(view, codes, reward)) & view.member
-            log_target = torch.where(best, -torch.log(view.code_count(codes, best).clamp(min=1).to(reward.dtype)), -torch.inf)
+            best = reward == view.code_max(codes, reward)
+            log_target = torch.where(best, -torch.log(view.code_count(codes, best).to(reward.dtype)), -torch.inf)
         beta = view.at(self.beta)
         return beta, beta * sequence_score(view, self.score, self.to), torch.exp(log_target), log_target, codes, count
 
     def _log_softmax(self, view: TokenView, codes: Tensor, values: Tensor) -> Tensor:
-        """Within each list, ``[S]``; 0 outside the stream."""
-        shifted = torch.where(view.member, values - self._max(view, codes, values), torch.zeros_like(values))
-        total = view.code_sum(codes, torch.where(view.member, torch.exp(shifted), torch.zeros_like(values)))
-        return torch.where(view.member, shifted - torch.log(torch.where(view.member, total, 1.0)), torch.zeros_like(values))
-
-    @staticmethod
-    def _max(view: TokenView, codes: Tensor, values: Tensor) -> Tensor:
-        has = (codes >= 0) & view.member
-        size = max(int(codes.max()) + 1, 1) if len(codes) else 1
-        most = torch.full((size,), -torch.inf, dtype=values.dtype, device=values.device)
-        most = most.scatter_reduce(0, codes[has], values[has], "amax")[codes.clamp(min=0)]
-        return torch.where(has, most, torch.zeros_like(values))
+        """Within each list, ``[S]``; outside lists no number to be used."""
+        shifted = values - view.code_max(codes, values)
+        return shifted - torch.log(view.code_sum(codes, torch.exp(shifted)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.loss.aggregate import PairSum, PairTokenMean, SequenceMeanTokenMean, SequenceMeanTokenSum
-from posttrain.loss.view import TokenView
+from posttrain.loss.view import TokenView, sum_by_code
 from posttrain.mixture.schedule import Scalar
 
 
@@ -24,11 +24,8 @@ def pair_difference(view: TokenView, per_sequence: Tensor) -> Tensor:
     """Chosen minus rejected, on both sides of every pair of the stream, ``[S]``; 0 outside pairs.  Raises ``FloatingPointError`` naming the
     sample where it is not a number: both sides are infinite."""
     has = view.in_pair
-    codes = torch.where(has, view.batch.pair, -1)
-    signed = torch.where(has, per_sequence * view.batch.side, torch.zeros_like(per_sequence))
-    size = int(codes.max()) + 1 if len(codes) and int(codes.max()) >= 0 else 1
-    per_pair = torch.zeros(size, dtype=signed.dtype, device=signed.device).index_add(0, codes[has], signed[has])
-    difference = torch.where(has, per_pair[codes.clamp(min=0)], torch.zeros_like(signed))
+    signed = per_sequence * view.batch.side
+    difference = torch.where(has, sum_by_code(view.batch.pair, signed, has), torch.zeros_like(signed))
     if bool(torch.isnan(difference).any()):
         where = int(torch.isnan(difference).nonzero()[0])
         raise FloatingPointError(

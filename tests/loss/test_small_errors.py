@@ -152,6 +152,15 @@ def test_the_favourite_of_each_list_is_looked_for_in_its_own() -> None:
         assert goal(batch(*lists[::-1], row(-9.0, sources=["prompt", "policy"]))).metrics["s/accuracy"] == (2.0, 2.0)
 
 
+@pytest.mark.parametrize("f", ["softmax", "reverse_kl"])
+def test_a_list_of_scores_in_the_thousands_has_a_softmax(f: Any) -> None:
+    goal = objective(advantage=advantage.Listwise(f=f, beta=1.0), aggregation=aggregate.GroupSum())
+    data = batch(*(row(-5000.0 + more, logps={"base": [base]}, group="a", rewards={"reward": 0.0}) for more, base in ((0.0, -9000.0), (1.0, -9000.0))))
+    up = 1 / (1 + math.exp(-1))
+    gap = up * (1 - up)
+    assert goal.weights(data).tolist() == pytest.approx([up - 0.5, 0.5 - up] if f == "softmax" else [gap, -gap])
+
+
 def test_a_shift_is_counted_once_for_every_answer() -> None:
     goal = objective(advantage=advantage.Pointwise(beta=0.5, shift="running_mean"), aggregation=aggregate.SequenceMeanTokenSum())
     rows = [row(0.0, rewards={"label": 1.0}), row(-2.0, rewards={"label": 0.0}), row(-2.0, rewards={"label": 0.0})]
@@ -175,3 +184,183 @@ def test_a_stream_of_which_nothing_is_learnt_needs_no_log_probs_of_others() -> N
     assert goal.weights(batch(row(-1.0, -2.0, trainable=[False] * 3))).tolist() == [0.0, 0.0]
     with pytest.raises(ValueError, match="needs the log-prob column 'behaviour'; the batch has"):
         goal.weights(batch(row(-1.0, -2.0)))
+
+
+def view_of(*rows: Row, **stream: Any) -> Any:
+    return objective(**stream).views(batch(*rows))["s"]
+
+
+def test_what_shares_a_code_is_added_counted_and_compared() -> None:
+    """Four answers of group a, one of which is no member, one of b, one of none."""
+    rows = [row(-1.0, group=g) for g in ("b", "a", "a", None, "a")] + [row(-1.0, group="a", sources=["prompt", "policy"])]
+    view = view_of(*rows)
+    values = torch.tensor([5.0, -2.0, -3.0, 7.0, -4.0, 9.0], dtype=torch.float64)
+    group = view.batch.group
+    assert view.code_sum(group, values).tolist() == [5.0, -9.0, -9.0, 0.0, -9.0, 0.0]
+    assert view.code_max(group, values).tolist() == [5.0, -2.0, -2.0, -math.inf, -2.0, -math.inf]
+    assert view.code_count(group, values < 0).tolist() == [0, 3, 3, 0, 3, 3] and view.code_count(group, view.member).tolist() == [1, 3, 3, 0, 3, 3]
+    part = objective().views(view.batch.take([3, 0]))["s"]
+    assert part.code_sum(part.batch.group, values[:2]).tolist() == [0.0, -2.0] and part.code_max(part.batch.group, values[:2]).tolist() == [-math.inf, -2.0]
+
+
+def test_nothing_shares_no_code() -> None:
+    empty = torch.zeros(0, dtype=torch.float64)
+    view = objective().views(batch(), empty)["s"]
+    assert view.code_sum(view.batch.group, empty).shape == view.code_max(view.batch.group, empty).shape == view.code_count(view.batch.group, view.member).shape == (0,)
+
+
+# -- aggregations --------------------------------------------------------------------------------------------------------
+
+AGGREGATIONS = {
+    "token mean": (aggregate.TokenMean(), [1 / 3] * 3),
+    "token mean, weight": (aggregate.TokenMean("weight_sum"), [1 / 3] * 3),
+    "token mean, joint": (aggregate.TokenMean("joint"), [1 / 3] * 3),
+    "token mean, kept": (aggregate.TokenMean("kept"), [1 / 3] * 3),
+    "mean of means": (aggregate.SequenceMeanTokenMean(), [1 / 3] * 3),
+    "mean of means, weight": (aggregate.SequenceMeanTokenMean("weight_sum"), [1 / 3] * 3),
+    "mean of sums": (aggregate.SequenceMeanTokenSum(), [1.0] * 3),
+    "constant": (aggregate.Constant(4), [1 / 4] * 3),
+    "constant, step": (aggregate.Constant(4, "step"), [1 / 4] * 3),
+    "group mean": (aggregate.GroupMeanTokenMean(), [1 / 3] * 3),
+    "group sum": (aggregate.GroupSum(), [1.0] * 3),
+    "group sum of means": (aggregate.GroupSumTokenMean(), [1 / 3] * 3),
+    "pair sum": (aggregate.PairSum(), [1.0] * 3),
+    "pair mean": (aggregate.PairTokenMean(), [1 / 3] * 3),
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_one_answer_alone_and_none_at_all(name: str) -> None:
+    """One answer of three tokens in a group and a pair of its own; then one token; then only what belongs to no stream."""
+    aggregation, expected = AGGREGATIONS[name]
+    goal = objective(aggregation=aggregation)
+    mine = {"group": "g", "pair": "p", "side": "chosen"}
+    assert goal.weights(batch(row(-1.0, -1.0, -1.0, **mine))).tolist() == pytest.approx(expected)
+    assert goal.weights(batch(row(-1.0, **mine))).tolist() == pytest.approx([0.25 if isinstance(aggregation, aggregate.Constant) else 1.0])
+    assert goal.weights(batch(row(-1.0, sources=["prompt", "policy"], **mine))).tolist() == [0.0]
+
+
+def test_each_token_of_two_answers_of_a_group_counts_the_same() -> None:
+    goal = objective(aggregation=aggregate.GroupMeanTokenMean())
+    data = batch(row(-1.0, group="a"), row(-1.0, -1.0, -1.0, group="a"), row(-1.0, group="b"))
+    assert goal.weights(data).tolist() == [0.125] * 4 + [0.5]
+
+
+def test_a_regulariser_counts_what_no_mask_keeps() -> None:
+    """Of two tokens one is masked: the other counts 1, and a penalty's derivative of 2 on both is halved."""
+
+    class Never:
+        def factor(self, view: Any, advantage: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([1.0, 0.0], dtype=view.logp.dtype)
+
+    class Two:
+        coef = 1.0
+
+        def gradient(self, view: Any) -> torch.Tensor:
+            return torch.full_like(view.logp, 2.0)
+
+    stream = objective(aggregation=aggregate.TokenMean("kept"), masks={"never": Never()}).streams["s"]
+    assert Objective({"s": stream}, {"two": Two()}).weights(batch(row(-1.0, -1.0))).tolist() == [1.0 - 1.0, -1.0]
+
+
+# -- streams and objectives ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_shares_of_what_is_read_may_be_nothing_or_everything(share: float) -> None:
+    assert objective(own_input=share).needs.own_input == (share > 0)
+
+
+@pytest.mark.parametrize("share", [-1e-9, 1 + 1e-9])
+def test_shares_of_what_is_read_end_there(share: float) -> None:
+    with pytest.raises(ValueError, match="is the share of the model's own choice in what it reads, between 0 and 1"):
+        objective(own_input=share)
+    with pytest.raises(ValueError, match=f"stream 's': own_input is {share:g} at progress 0; it is a share"):
+        objective(own_input=lambda progress: share).own_input(batch(row(-1.0)))
+
+
+def test_each_stream_reads_its_own_share_of_its_choices() -> None:
+    mine, other = (objective(own_input=x, source=[s]).streams["s"] for x, s in ((0.25, "demo"), (0.0, "policy")))
+    goal, data = Objective({"a": mine, "b": other}), batch(row(-1.0, -1.0), row(-1.0, sources=["prompt", "policy"]), row(-1.0, trainable=[False, False]))
+    assert goal.own_input(data).tolist() == [0.25, 0.25, 0.0, 0.0] and Objective({"b": other}).own_input(data) is None
+
+
+def test_sides_and_sources_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="stream side='better' does not exist; choose chosen or rejected"):
+        objective(side="better")
+    with pytest.raises(ValueError, match="stream side=chosen is empty with paired=false"):
+        objective(side="chosen", paired=False)
+    assert objective(side="chosen", paired=True).streams["s"].side == objective(side="chosen").streams["s"].side == "chosen"
+    with pytest.raises(ValueError, match="stream source 'demos' does not exist; choose from"):
+        objective(source=["policy", "demos", "others"])
+
+
+def test_which_tokens_a_stream_takes() -> None:
+    rows = [row(-1.0, pair="p", side="chosen"), row(-1.0, pair="p", side="rejected"), row(-1.0), row(-1.0, context="plain"), row(-1.0, sources=["prompt", "policy"])]
+    data = batch(*rows)
+
+    def taken(**stream: Any) -> list[int]:
+        view = objective(**stream).views(data)["s"]
+        assert view.on.tolist() == view.member.tolist()
+        return view.on.nonzero()[:, 0].tolist()
+
+    assert taken() == [0, 1, 2] and taken(context="plain") == [3] and taken(source=["policy"]) == [4] and taken(source=["demo", "policy"]) == [0, 1, 2, 4]
+    assert taken(paired=True) == [0, 1] and taken(paired=False) == [2] and taken(side="chosen") == [0] and taken(side="rejected", paired=True) == [1]
+
+
+def test_what_a_step_is_counted_in() -> None:
+    rows = [
+        row(-1.0, -1.0, group="g", weight=2.0),
+        row(-1.0, -1.0, -1.0, group="g", weight=[9.0, 1.0, 0.5, 3.0], trainable=[False, True, True, False]),
+        row(-1.0, group="h", trainable=[False, False], weight=7.0),
+        row(-1.0, pair="p", side="chosen"),
+        row(-1.0, pair="p", side="rejected"),
+        row(-1.0, pair="q", side="chosen", sources=["prompt", "policy"], weight=5.0),
+    ]
+    counted = objective().totals(batch(*rows))["s"]
+    assert (counted.tokens, counted.sequences, counted.groups, counted.pairs) == (6, 5, 2, 1)
+    assert (counted.weight, counted.sequence_weight) == (2 * 2.0 + 1.5 + 2.0, 2.0 + 0.75 + 0.0 + 2.0)
+
+
+def test_a_part_of_a_step_is_told_by_its_tokens_and_by_its_answers() -> None:
+    goal = objective(aggregation=aggregate.TokenMean("kept"))
+    whole = batch(row(-1.0), row(-1.0), row(-1.0, trainable=[False, False]))
+    whole = whole.replace(totals=goal.totals(whole))
+    for part in ([0, 1], [0, 2]):  # two tokens of two and an answer too few; one token of two
+        with pytest.raises(ValueError, match=rf"must see the whole optimizer step, but this batch has {2 if part[1] == 1 else 1} of 2 tokens"):
+            goal.weights(whole.take(part))
+    assert goal.weights(whole).tolist() == [0.5, 0.5, 0.0] and goal.weights(whole.take([2])).tolist() == [0.0]
+
+
+def test_a_log_prob_that_is_absent_is_named_where_it_first_is() -> None:
+    goal = objective(reference=reference.Named("behaviour"), source=["demo", "policy"])
+    rows = [row(-1.0, -1.0, sample_id="first", logps={"behaviour": [-1.0, -1.0]}), row(-1.0, -1.0, -1.0, sample_id="second", logps={"behaviour": [-1.0, math.nan, math.nan]})]
+    with pytest.raises(ValueError, match=r"stream 's': log-prob 'behaviour' is absent \(NaN\) on 2 of 5 tokens, first at column 3 of sample 'second'"):
+        goal.weights(batch(*rows))
+
+
+def test_a_weight_that_is_no_number_is_named_where_it_first_is() -> None:
+    goal = objective(advantage=advantage.Column())
+    data = batch(row(-1.0, -2.0, -3.0, sample_id="mine", advantage=[1.0, 1.0, math.inf, math.inf]))
+    with pytest.raises(FloatingPointError, match=r"stream 's': the weight is inf at column 1 \(sample 'mine'\): log-prob -2, advantage inf, recorded log-probs:"):
+        goal.weights(data)
+
+
+def test_what_is_reported_of_a_stream() -> None:
+    """Two tokens of three weigh something; the second pass repeats what a part can know."""
+    goal = objective(advantage=advantage.Column())
+    data = batch(row(-1.0, -2.0, -3.0, advantage=[0.0, 2.0, 0.0, -4.0]))
+    found = goal(data).metrics
+    assert found["s/tokens"] == (3.0, 0.0) and found["s/nll"] == (6.0, 3.0) and found["s/advantage_abs"] == (6.0, 3.0) and found["s/zero_weight"] == (1.0, 3.0)
+    assert found["s/objective"] == (2.0 * -1.0 + -4.0 * -3.0, 0.0) and found["loss"] == (pytest.approx(-(2.0 * -1.0 + -4.0 * -3.0)), 0.0)
+    again = goal(data, weights=torch.tensor([1.0, 0.0, 1.0]))
+    assert set(again.metrics) == {"s/tokens", "s/nll", "loss"} and again.metrics["loss"] == (4.0, 0.0)
+
+
+def test_what_masks_take_away_is_reported() -> None:
+    class Some:
+        def factor(self, view: Any, advantage: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([0.5, 0.0, 2.0, 0.0], dtype=view.logp.dtype)
+
+    found = objective(masks={"some": Some()})(batch(row(-1.0, -1.0, -1.0), row(-1.0, sources=["prompt", "policy"]))).metrics
+    assert found["s/some/masked"] == (1.0, 3.0) and found["s/some/factor"] == (pytest.approx(2.5), 3.0)
