@@ -115,10 +115,11 @@ def test_an_answer_without_learnt_tokens_does_not_make_a_step_of_equal_rewards_l
 
 
 def test_a_step_without_usable_rewards_comes_back_as_a_list_of_its_own() -> None:
-    given = [group(None)]
-    found = BatchWhiten()(given)
-    assert found == given and found is not given
-    assert BatchWhiten()(()) == []
+    for estimator in (BatchWhiten(), DropOutliers()):
+        given = [group(None)]
+        found = estimator(given)
+        assert found == given and found is not given
+        assert estimator(()) == []
 
 
 def test_whitening_one_value_alone() -> None:
@@ -235,6 +236,7 @@ def test_settings_just_beyond_what_is_allowed() -> None:
     for settings in ({"a": 0.0}, {"a": 0.8}, {"b": 1.0}, {"w": -0.1}, {"rate": 0.0}):
         refused(lambda settings=settings: TailRisk(**settings), "do not fit together")
     refused(lambda: BestMinusSecond(ddof=3), "ddof=3 0 or 1")
+    refused(lambda: BatchScale(ddof=3), "ddof=3 0 or 1")
     refused(lambda: Extremes(best=-1, worst=3), "must not be negative")
 
 
@@ -285,6 +287,35 @@ def test_two_live_groups_of_three() -> None:
     three = (group(1.0, 0.0), group(1.0, 0.0, name="r"), group(1.0, 1.0, name="s"))
     assert values(Chain({"center": CENTER, "live": LiveGroups()}), *three) == [0.75, -0.75, 0.75, -0.75, 0.0, 0.0]
     assert values(LiveGroups(), group(1.0, 1.0)) == [1.0, 1.0], "without a live group nothing changes"
+
+
+def test_a_step_that_does_not_vary_is_not_scaled_and_epsilon_joins_the_deviation() -> None:
+    assert values(BatchScale(), group(2.0, 2.0)) == [2.0, 2.0]
+    assert values(BatchScale(eps=0.5), group(1.0, 0.0)) == [1.0, 0.0]
+
+
+def test_the_largest_parameters_of_a_beta_distribution_may_be_small() -> None:
+    assert BetaNorm(clamp=0.75).parameters([0.5, 0.5]) == (1.25, 1.25)
+
+
+def test_rewards_are_added_in_the_order_of_their_names() -> None:
+    """So that every process finds the same bits: 1e16, eight times 1 which is lost beside it, and -1e16.  Parts of a reward are not added."""
+    scores = {"a": Score(1e16), **{name: Score(1.0) for name in "ihgfedcb"}, "j": Score(-1e16), "a/part": Score(0.5)}
+    assert values(PerReward(inner=Reward()), with_members(group(1.0), {"scores": scores})) == [0.0]
+    with pytest.raises(ValueError, match="weighs k, l, m, n, o, p, q, but the rewards are a, a/part, b"):
+        PerReward(dict.fromkeys("qponmlk", 1.0))([with_members(group(1.0), {"scores": scores})])
+
+
+def test_a_sample_that_one_reward_leaves_out_keeps_the_others() -> None:
+    """The inner estimator keeps the best answer of each reward: the second of a, the first of b."""
+    pair = with_members(group(1.0, 1.0), *({"scores": {"a": Score(a), "b": Score(b)}} for a, b in ((0.25, 0.5), (0.75, 0.0))))
+    best = Chain({"reward": Reward(), "best": Extremes(best=1, worst=0)})
+    assert values(PerReward({"a": 1.0, "b": 2.0}, best), pair) == [1.0, 0.75]
+
+
+def test_an_advantage_as_far_away_as_allowed_stays() -> None:
+    """4 and 0 lie one deviation of 2 from their mean of 2."""
+    assert values(DropOutliers(1.0), group(4.0, 0.0)) == [4.0, 0.0] and values(DropOutliers(0.75), group(4.0, 0.0)) == [None, None]
 
 
 # -- chains that were left --------------------------------------------------------------------------------------------------------------
