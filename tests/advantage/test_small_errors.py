@@ -300,9 +300,9 @@ def test_the_largest_parameters_of_a_beta_distribution_may_be_small() -> None:
 
 def test_rewards_are_added_in_the_order_of_their_names() -> None:
     """So that every process finds the same bits: 1e16, eight times 1 which is lost beside it, and -1e16.  Parts of a reward are not added."""
-    scores = {"a": Score(1e16), **{name: Score(1.0) for name in "ihgfedcb"}, "j": Score(-1e16), "a/part": Score(0.5)}
+    scores = {"a": Score(1e16), **{name: Score(1.0) for name in "ihgfedcb"}, "j": Score(-1e16), "j/part": Score(0.5)}
     assert values(PerReward(inner=Reward()), with_members(group(1.0), {"scores": scores})) == [0.0]
-    with pytest.raises(ValueError, match="weighs k, l, m, n, o, p, q, but the rewards are a, a/part, b"):
+    with pytest.raises(ValueError, match="weighs k, l, m, n, o, p, q, but the rewards are a, b, c, d, e, f, g, h, i, j, j/part"):
         PerReward(dict.fromkeys("qponmlk", 1.0))([with_members(group(1.0), {"scores": scores})])
 
 
