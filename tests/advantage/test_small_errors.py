@@ -262,6 +262,12 @@ def test_parts_of_a_reward_are_no_direction_of_their_own() -> None:
     assert rewards(ByDirection(), with_meta(made, help=2.0)) == [1.0]
 
 
+def test_a_direction_is_told_in_the_order_of_its_names() -> None:
+    made = with_members(group(1.0), {"scores": {name: Score(1.0) for name in "hgfedcba"}})
+    with pytest.raises(ValueError, match="its direction is 0 in a, b, c, d, e, f, g, h, which asks for nothing"):
+        ByDirection()([with_meta(made, **dict.fromkeys("abcdefgh", 0.0))])
+
+
 def test_a_question_with_a_failed_answer_fills_no_bundle() -> None:
     """The bundle is made of the first and the last question: scores 2 and 0, which deviate by 1, and A(2) = -4/3, A(0) = -5."""
     term = TailRisk(bundle=2)
