@@ -18,11 +18,13 @@ from posttrain.mixture.feasible import Feasible
 from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Unsolved, answer_of, changes
 from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled, as_demo
 from posttrain.mixture.rejection import Rejection
+from posttrain.mixture.route import FirstAccepted
+from posttrain.mixture.schedule import Cosine, Linear, WarmupCosine
 from posttrain.mixture.steps import FirstBadStep
 from posttrain.mixture.tagged import OutcomeTag
 from posttrain.mixture.thoughts import BeforeText
 from posttrain.mixture.turns import WithoutCritique
-from posttrain.records import Demo, Group, Pair, Prompt, Score, Segment, Source
+from posttrain.records import Demo, Group, Pair, Prompt, Rollout, Score, Segment, Source
 from tests.mixture.conftest import InOrder, demo, group
 
 
@@ -265,3 +267,128 @@ def test_what_a_gate_did_is_counted_beside_texts_too() -> None:
     text, left = demo("x"), group("a", 0.0)
     found = changes([text, left], [text, replace(left, dropped="now"), demo("y")])
     assert found == {"mixture/demonstrations": 1.0, "mixture/groups_left_out": 1.0, "mixture/pairs": 0.0, "mixture/injected": 0.0}
+
+
+# -- pairs by rejection --------------------------------------------------------------------------------------------------------------
+def test_acceptance_is_drawn_at_one_half_unless_told_otherwise() -> None:
+    many = scored("q", *(i / 7 for i in range(8)))
+
+    def drawn(**settings: float) -> list[list[str]]:
+        gate = Rejection(keep=2, **settings)  # type: ignore[arg-type]
+        return [[p.chosen.id + p.rejected.id for p in gate([many], Demos(), step, 0.0)[1:]] for step in range(16)]
+
+    assert drawn() == drawn(beta=0.5) != drawn(beta=1.0)
+
+
+# -- one text per prompt ---------------------------------------------------------------------------------------------------------------
+def test_a_single_kind_is_a_word_and_not_its_letters() -> None:
+    """A text of the kind ``old`` is not of the kind ``gold``: where there is none of these the first of the data is taken."""
+    texts = [demo("first", "q"), demo("second", "q", kind="old"), demo("third", "q", kind="gold")]
+    gate = FirstAccepted(prefer="gold")  # type: ignore[arg-type]
+    assert gate == FirstAccepted(prefer=["gold"]) == FirstAccepted(prefer=("gold",))  # type: ignore[arg-type]
+    for known, taken in ((texts[:2], "first"), (texts, "third")):
+        assert [item.id for item in gate([group("q", 0.0)], Demos(known, None), 0, 0.0)] == ["q", taken]
+
+
+# -- schedules -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", [Linear, Cosine])
+def test_a_schedule_runs_inside_the_run_and_takes_some_of_it(schedule: Any) -> None:
+    for begin, until in ((0.5, 0.5), (0.6, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match=f"needs 0 <= begin < until <= 1, not begin={begin}, until={until}"):
+            schedule(0.0, 1.0, begin, until)
+    assert schedule(0.25, 0.75, 0.0, 1.0)(1.0) == 0.75 and schedule(0.25, 0.75, 0.0, 1.0) == schedule(0.25, 0.75)
+
+
+def test_without_warm_up_a_schedule_starts_at_its_peak() -> None:
+    """One step of decay in a run of one step are the least there may be."""
+    short = WarmupCosine(peak=0.8, valley=0.2, warmup=0, decay=1, steps=1)
+    assert [short(u) for u in (0.0, 0.5, 1.0)] == pytest.approx([0.8, 0.5, 0.2])
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------------------------
+ASKED = Prompt("q", (1, 2))
+
+
+def answer(number: int, ids: tuple[int, ...], reward: float | None, prefix: int = 0) -> Rollout:
+    begun = (Segment(ids[:prefix], Source.prefix),) if prefix else ()
+    own = Segment(ids[prefix:], Source.policy, logprobs=tuple(-0.5 * i for i in ids[prefix:]), version=3)
+    return Rollout(f"q/{number}", ASKED, (*begun, own), reward=reward)
+
+
+def pairs_of(*answers: Rollout, **settings: Any) -> list[Any]:
+    return [item for item in FirstBadStep(**settings)([Group(ASKED, answers)], Demos(), 0, 0.0) if isinstance(item, Pair)]
+
+
+WRONG, RIGHT = answer(0, (10, 20, 21, 30), 0.0), answer(1, (50,), 1.0)
+BEHIND_1 = [answer(2, (10, 60), 1.0, 1), answer(3, (10, 61), 1.0, 1)]
+BEHIND_2 = [answer(4, (10, 20, 21, 70), 0.0, 3), answer(5, (10, 20, 21, 71), 0.0, 3)]
+
+
+def test_two_verdicts_are_enough_for_what_a_step_is_worth() -> None:
+    """Q is 1/2 at the start, 1 behind step 1, and 0 behind step 2."""
+    (pair,) = pairs_of(WRONG, RIGHT, *BEHIND_1, *BEHIND_2)
+    assert [d.segments[-1].ids for d in (pair.chosen, pair.rejected)] == [(60,), (20, 21)]
+    assert pairs_of(WRONG, RIGHT, *BEHIND_1, *BEHIND_2, least=3) == []
+
+
+def test_a_right_answer_that_took_the_bad_step_is_no_good_step() -> None:
+    """It got there in spite of it; the next right answer from the same place took another."""
+    lucky = answer(6, (10, 20, 21, 62), 1.0, 1)
+    (pair,) = pairs_of(WRONG, RIGHT, lucky, *BEHIND_1, *BEHIND_2)
+    assert pair.chosen.segments[-1].ids == (60,)
+    assert pairs_of(WRONG, RIGHT, lucky, answer(7, (10, 20, 21, 63), 1.0, 1), *BEHIND_2) == [], "both took it"
+
+
+def test_a_good_step_ends_where_it_was_continued_however_long_the_bad_one_is() -> None:
+    """One token against two; the answer it is taken from goes on, and its step is worth what the continuations earned."""
+    good = answer(2, (10, 60, 61, 62), 1.0, 1)
+    known = [answer(8 + i, (10, 60, 80 + i), reward, 2) for i, reward in enumerate((1.0, 1.0, 1.0, 0.0))]
+    (pair,) = pairs_of(WRONG, RIGHT, good, BEHIND_1[1], *BEHIND_2, *known)
+    assert pair.chosen.segments[-1].ids == (60,) and pair.chosen.rewards == {"score": 0.75} and pair.chosen.finish == "stop"
+    assert [(s.source, s.ids, s.trainable) for s in pair.chosen.segments[:2]] == [(Source.prompt, (1, 2), False), (Source.prefix, (10,), False)]
+
+
+def test_only_what_is_not_known_yet_is_continued_and_once() -> None:
+    """Two wrong answers share their first two steps; what follows the first is known, what follows the second is not."""
+    other = answer(9, (10, 20, 21, 31), 0.0)
+    gate = FirstBadStep(answers=2)
+    assert gate.wanted(Group(ASKED, (WRONG, other, *BEHIND_1)), lambda ids: [1, 3]) == [(10, 20, 21)]
+    assert gate.wanted(Group(ASKED, (WRONG, other)), lambda ids: [1, 3]) == [(10,), (10, 20, 21)]
+
+
+# -- tags ------------------------------------------------------------------------------------------------------------------------------
+WORDS = {"good": (40, 41), "bad": (50, 51, 52)}
+
+
+@pytest.mark.parametrize(("ids", "swapped"), [((1, 40, 41), (1, 50, 51, 52)), ((40, 41, 1), (50, 51, 52, 1)), ((40, 41), (50, 51, 52))])
+def test_a_tag_may_stand_anywhere_in_a_prompt_and_be_longer_than_the_other(ids: tuple[int, ...], swapped: tuple[int, ...]) -> None:
+    asked = Prompt("q", ids)
+    failed = Group(asked, (Rollout("q/0", asked, (Segment((7,), Source.policy, logprobs=(-1.0,), version=0),), reward=0.0),))
+    (out,) = OutcomeTag("good", "bad", encode=lambda text: WORDS[text])([failed], Demos(), 0, 0.0)
+    assert out.rollouts[0].prompt.ids == swapped
+
+
+def test_neither_tag_may_be_empty() -> None:
+    for good, bad in (("good", ""), ("", "bad"), ("", "")):
+        with pytest.raises(ValueError, match="must be two different words"):
+            OutcomeTag(good, bad)
+
+
+# -- thoughts and turns ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("said", ["", 5, None])
+def test_next_words_are_a_text_that_says_something(said: Any) -> None:
+    asked = Prompt("t", (1,), answer=said)
+    one = Group(asked, (Rollout("t/0", asked, (), text="hm"),))
+    with pytest.raises(ValueError, match=r"prompt 't' has no next words"):
+        BeforeText("", "", encode=lambda text: (9,))([one], Demos(), 0, 0.0)
+
+
+def test_of_three_answers_the_last_is_learnt_and_the_last_critique() -> None:
+    """Everything between them is read before the critique; the last answer stands right behind the prompt, as if it were the first turn."""
+    asked = Prompt("q", (1, 2))
+    said = [Segment((i,), Source.policy, turn, (-1.0,), 7) if turn % 2 == 0 else Segment((i,), Source.tool, turn) for turn, i in enumerate((5, 6, 7, 8, 9))]
+    one = Rollout("q/0", asked, tuple(said), scores={"turn_1": Score(0.25), "turn_2": Score(1.0)})
+    learnt, critique = WithoutCritique()([Group(asked, (one,))], Demos(), 0, 0.0)
+    assert learnt.rollouts[0].segments == (Segment((9,), Source.demo),) and learnt.rollouts[0].advantage == 0.75
+    read = [Segment((i,), Source.prompt, turn, trainable=False) for turn, i in enumerate((5, 6, 7))]
+    assert critique.segments == (Segment((1, 2), Source.prompt, trainable=False), *read, Segment((8,), Source.tool, 3, trainable=(True,)))
