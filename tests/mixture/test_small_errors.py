@@ -383,6 +383,22 @@ def test_next_words_are_a_text_that_says_something(said: Any) -> None:
         BeforeText("", "", encode=lambda text: (9,))([one], Demos(), 0, 0.0)
 
 
+def test_nothing_but_the_thought_may_be_learnt() -> None:
+    """What asks for it, what closes it and what the text says next are only read; without words around it there is nothing before it."""
+    thought, words = Segment((7,), Source.policy, logprobs=(-1.0,), version=0), {"<": (5,), ">": (6,), "next": (8, 9)}
+
+    def segments(gate: BeforeText, *ids: int) -> tuple[Segment, ...]:
+        asked = Prompt("t", ids, answer="next")
+        (out,) = gate([Group(asked, (Rollout("t/0", asked, (thought,), text="hm"),))], Demos(), 0, 0.0)
+        assert out.rollouts[0].prompt.ids == (1,)
+        return tuple(out.rollouts[0].segments)
+
+    said = Segment((8, 9), Source.tool, trainable=False)
+    around = Segment((5,), Source.tool, trainable=False), Segment((6,), Source.prompt, trainable=False)
+    assert segments(BeforeText("<", ">", encode=lambda text: words[text]), 1, 5) == (around[0], thought, around[1], said)
+    assert segments(BeforeText("", "", encode=lambda text: words[text]), 1) == (thought, said)
+
+
 def test_of_three_answers_the_last_is_learnt_and_the_last_critique() -> None:
     """Everything between them is read before the critique; the last answer stands right behind the prompt, as if it were the first turn."""
     asked = Prompt("q", (1, 2))
