@@ -408,3 +408,6 @@ def test_of_three_answers_the_last_is_learnt_and_the_last_critique() -> None:
     assert learnt.rollouts[0].segments == (Segment((9,), Source.demo),) and learnt.rollouts[0].advantage == 0.75
     read = [Segment((i,), Source.prompt, turn, trainable=False) for turn, i in enumerate((5, 6, 7))]
     assert critique.segments == (Segment((1, 2), Source.prompt, trainable=False), *read, Segment((8,), Source.tool, 3, trainable=(True,)))
+    for turns in (2, 4):
+        (out,) = WithoutCritique()([Group(asked, (replace(one, segments=tuple(said[:turns])),))], Demos(), 0, 0.0)
+        assert out.dropped == "no_second_answer" and out.rollouts[0].segments == tuple(said[:turns]), "the last critique was never answered"
