@@ -36,8 +36,8 @@ def shelf_of(*names: str) -> Demos:
 @pytest.mark.parametrize(
     "gate",
     [
-        BestWorst(), Buffer(1), Feasible({"honest": 0.5}), FirstBadStep(), GivenAgainstSampled(), OutcomeTag("good", "bad"), Rejection(), BeforeText(),
-        WithoutCritique(),
+        BeforeText(), BestWorst(), Buffer(1), Feasible({"honest": 0.5}), FirstBadStep(), GivenAgainstSampled(), OutcomeTag("good", "bad"),
+        Rejection(), WithoutCritique(),
     ],
 )  # fmt: skip
 def test_texts_and_pairs_pass_untouched(gate: Any) -> None:
@@ -46,7 +46,10 @@ def test_texts_and_pairs_pass_untouched(gate: Any) -> None:
     assert gate(items, Demos(), 0, 0.0) == items
 
 
-@pytest.mark.parametrize("gate", [BestWorst(), Feasible({"honest": 0.5}), FirstBadStep(), GivenAgainstSampled(), OutcomeTag("good", "bad"), Rejection(), WithoutCritique()])
+@pytest.mark.parametrize(
+    "gate",
+    [BestWorst(), Feasible({"honest": 0.5}), FirstBadStep(), GivenAgainstSampled(), OutcomeTag("good", "bad"), Rejection(), WithoutCritique()],
+)
 def test_a_group_that_is_out_stays_as_it_is(gate: Any) -> None:
     out = replace(group("a", 1.0, 0.0), dropped="before")
     assert gate([out], shelf_of("a"), 0, 0.0) == [out]
@@ -212,8 +215,9 @@ def test_the_entropy_a_blend_aims_at_is_the_mean_of_its_first_looks() -> None:
 # -- constraints and verdicts --------------------------------------------------------------------------------------------------------
 def test_one_missing_verdict_of_two_leaves_an_answer_out() -> None:
     whole = group("q", 1.0, 0.5, 0.0)
-    verdicts = ({"honest": Score(1.0), "kind": Score(None, "error")}, {"honest": Score(1.0), "kind": Score(1.0)}, {"honest": Score(0.0), "kind": Score(1.0)})
-    whole = replace(whole, rollouts=tuple(replace(r, scores=s) for r, s in zip(whole.rollouts, verdicts, strict=True)))
+    verdicts = (Score(1.0), Score(None, "error")), (Score(1.0), Score(1.0)), (Score(0.0), Score(1.0))
+    told = [{"honest": honest, "kind": kind} for honest, kind in verdicts]
+    whole = replace(whole, rollouts=tuple(replace(r, scores=s) for r, s in zip(whole.rollouts, told, strict=True)))
     _, pair = Feasible({"honest": 0.5, "kind": 0.5})([whole], Demos(), 0, 0.0)
     assert (pair.chosen.id, pair.rejected.id) == ("q/1", "q/2")
 
@@ -402,7 +406,10 @@ def test_nothing_but_the_thought_may_be_learnt() -> None:
 def test_of_three_answers_the_last_is_learnt_and_the_last_critique() -> None:
     """Everything between them is read before the critique; the last answer stands right behind the prompt, as if it were the first turn."""
     asked = Prompt("q", (1, 2))
-    said = [Segment((i,), Source.policy, turn, (-1.0,), 7) if turn % 2 == 0 else Segment((i,), Source.tool, turn) for turn, i in enumerate((5, 6, 7, 8, 9))]
+    said = [
+        Segment((5 + turn,), Source.tool, turn) if turn % 2 else Segment((5 + turn,), Source.policy, turn, logprobs=(-1.0,), version=7)
+        for turn in range(5)
+    ]
     one = Rollout("q/0", asked, tuple(said), scores={"turn_1": Score(0.25), "turn_2": Score(1.0)})
     learnt, critique = WithoutCritique()([Group(asked, (one,))], Demos(), 0, 0.0)
     assert learnt.rollouts[0].segments == (Segment((9,), Source.demo),) and learnt.rollouts[0].advantage == 0.75
