@@ -292,7 +292,7 @@ class Ranking:
                 self.by_line[file, line].add(name)
 
     def __call__(self, m: Mutant, source: bytes) -> dict[str, tuple]:
-        """Those that execute the statement, quick ones before slow ones.
+        """Those that execute the statement, quick ones before slow ones, and those that execute little else before others.
 
         What is executed when modules are imported can matter to every test that executes anything of the same class or function, and if there is none,
         to all; and to the table of declarations.
@@ -308,7 +308,7 @@ class Ranking:
         if own in self.at_import or not first:
             scope = [self.by_line.get((m.file, n), set()) for n in scope_of(m, source)]
             chosen |= of(set().union(*scope)) | of(name for name in self.tests if name.startswith(TABLE))
-        rank = {name: (name not in first, round(self.tests[name]["seconds"], 2), name) for name in chosen or of(self.tests)}
+        rank = {n: (n not in first, round(self.tests[n]["seconds"], 1), len(self.tests[n]["lines"]), n) for n in chosen or of(self.tests)}
         return dict(sorted(rank.items(), key=lambda item: item[1]))
 
 
