@@ -364,3 +364,43 @@ def test_what_masks_take_away_is_reported() -> None:
 
     found = objective(masks={"some": Some()})(batch(row(-1.0, -1.0, -1.0), row(-1.0, sources=["prompt", "policy"]))).metrics
     assert found["s/some/masked"] == (1.0, 3.0) and found["s/some/factor"] == (pytest.approx(2.5), 3.0)
+
+
+class Column:
+    """A regulariser on a full-vocabulary column."""
+
+    coef, sign = 1.0, 1
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+
+
+def test_what_needs_the_tokens_as_they_were_given_refuses_other_inputs() -> None:
+    def made(regularizer: Any = None, **stream: Any) -> Objective:
+        mine = objective(own_input=0.5, **stream).streams["s"]
+        return Objective({"s": mine}, {"r": regularizer}, name="small")
+
+    assert made(Column("entropy")).needs.own_input and made(aggregation=aggregate.SequenceMeanTokenMean()).needs.own_input
+    head = r"objective 'small': own_input changes what the model reads in the pass that is learnt from, and {} is computed where the given tokens are read"
+    for what, given in {
+        "'base'": {"advantage": advantage.LogRatio(num="base", den="self")},
+        "'kl_reverse:base'": {"regularizer": Column("kl_reverse:base")},
+        "coupling group": {"aggregation": aggregate.GroupMeanTokenMean()},
+        "a scalar head": {"likelihood": likelihood.Score()},
+    }.items():
+        with pytest.raises(ValueError, match=head.format(what)):
+            made(**given)
+
+    class Beside(advantage.One):
+        contexts = frozenset({"plain"})
+
+    with pytest.raises(ValueError, match=head.format("other contexts")):
+        made(advantage=Beside())
+
+
+def test_nothing_of_a_plain_objective_is_live_or_coupled() -> None:
+    needs = objective().needs
+    assert (needs.live, needs.coupling, needs.keep_whole, needs.head, needs.temperature, needs.own_input) == (False, "token", None, "lm", 1.0, False)
+    assert needs.references == needs.columns == needs.contexts == frozenset()
+    assert Objective(objective().streams, {"none": None}).regularizers == {}
+    assert objective(aggregation=aggregate.GroupMeanTokenMean()).needs.keep_whole == "group" and objective(aggregation=aggregate.TokenMean("kept")).needs.keep_whole == "batch"
