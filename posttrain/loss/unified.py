@@ -248,10 +248,9 @@ class Objective:
         columns = frozenset(c for t in self.regularizers.values() if (c := declared(t, "column")) is not None)
         live = [t for t in terms if declared(t, "live")]
         coupling = max((declared(t, "coupling") for t in live), key=COUPLINGS.index, default="token")
-        temperature = next((s.likelihood.temperature for s in self.streams.values()), 1.0)
         contexts = frozenset().union(*(declared(t, "contexts") for t in terms))
         likelihoods = [s.likelihood for s in self.streams.values()]
-        head, at = declared(likelihoods[0], "head"), getattr(likelihoods[0], "at", None)
+        temperature, head, at = likelihoods[0].temperature, declared(likelihoods[0], "head"), getattr(likelihoods[0], "at", None)
         own_input = any(callable(s.own_input) or s.own_input > 0 for s in self.streams.values())
         return Needs(references - {"self"}, columns, coupling, bool(live), temperature, contexts, head, at, own_input)
 
@@ -289,7 +288,7 @@ class Objective:
             on, member = self._select(batch, stream)
             groups, pairs = batch.group[member & (batch.group >= 0)], batch.pair[member & (batch.pair >= 0)]
             weight = torch.where(on, batch.weight, torch.zeros_like(batch.weight)).double()
-            of_sequence, lengths = (torch.zeros(len(member), dtype=torch.float64, device=on.device).index_add(0, batch.seq, x) for x in (weight, on.double()))
+            of_sequence, lengths = (weight.new_zeros(batch.num_sequences).index_add(0, batch.seq, x) for x in (weight, on.double()))
             out[name] = StreamTotals(
                 tokens=int(on.sum()),
                 sequences=int(member.sum()),

@@ -304,7 +304,7 @@ def test_which_tokens_a_stream_takes() -> None:
         assert view.on.tolist() == view.member.tolist()
         return view.on.nonzero()[:, 0].tolist()
 
-    assert taken() == [0, 1, 2] and taken(context="plain") == [3] and taken(source=["policy"]) == [4] and taken(source=["demo", "policy"]) == [0, 1, 2, 4]
+    assert taken() == [0, 1, 2] and taken(context="plain") == [3] and taken(context="other") == [] and taken(source=["policy"]) == [4] and taken(source=["demo", "policy"]) == [0, 1, 2, 4]
     assert taken(paired=True) == [0, 1] and taken(paired=False) == [2] and taken(side="chosen") == [0] and taken(side="rejected", paired=True) == [1]
 
 
@@ -404,3 +404,21 @@ def test_nothing_of_a_plain_objective_is_live_or_coupled() -> None:
     assert needs.references == needs.columns == needs.contexts == frozenset()
     assert Objective(objective().streams, {"none": None}).regularizers == {}
     assert objective(aggregation=aggregate.GroupMeanTokenMean()).needs.keep_whole == "group" and objective(aggregation=aggregate.TokenMean("kept")).needs.keep_whole == "batch"
+
+
+def test_a_regulariser_remembers_the_streams_it_acts_on() -> None:
+    class Counts:
+        coupling, live, remembers, coef, streams = "batch", True, True, 1.0, ("a",)
+
+        def gradient(self, view: Any) -> torch.Tensor:
+            return torch.full_like(view.logp, view.recall(self, "tokens"))
+
+        def remember(self, view: Any) -> dict[str, float]:
+            return {"tokens": view.recall(self, "tokens") + float(view.on.sum())}
+
+    goal = Objective({name: objective(source=[s]).streams["s"] for name, s in (("a", "demo"), ("b", "policy"))}, {"r": Counts()})
+    data = batch(row(-1.0, -1.0), row(-1.0, sources=["prompt", "policy"])).replace(memory={"elsewhere": 3.0})
+    memory = goal.remember(data)
+    assert goal.remembers and memory == {"elsewhere": 3.0, "a/Counts.tokens": 2.0} and goal.memory_for_parts(memory) == {"elsewhere": 3.0}
+    assert goal.weights(data).tolist() == [1.0] * 3 and goal.weights(data.replace(memory=memory)).tolist() == [-1.0, -1.0, 1.0]
+    assert goal.remember(data.replace(memory=memory))["a/Counts.tokens"] == 4.0
