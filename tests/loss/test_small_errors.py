@@ -360,7 +360,7 @@ def test_what_is_reported_of_a_stream() -> None:
 def test_what_masks_take_away_is_reported() -> None:
     class Some:
         def factor(self, view: Any, advantage: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([0.5, 0.0, 2.0, 0.0], dtype=view.logp.dtype)
+            return torch.tensor([0.5, 0.0, 2.0, math.nan], dtype=view.logp.dtype)  # outside the stream anything
 
     found = objective(masks={"some": Some()})(batch(row(-1.0, -1.0, -1.0), row(-1.0, sources=["prompt", "policy"]))).metrics
     assert found["s/some/masked"] == (1.0, 3.0) and found["s/some/factor"] == (pytest.approx(2.5), 3.0)
@@ -411,14 +411,26 @@ def test_a_regulariser_remembers_the_streams_it_acts_on() -> None:
         coupling, live, remembers, coef, streams = "batch", True, True, 1.0, ("a",)
 
         def gradient(self, view: Any) -> torch.Tensor:
+            assert view.name == "a"
             return torch.full_like(view.logp, view.recall(self, "tokens"))
 
         def remember(self, view: Any) -> dict[str, float]:
             return {"tokens": view.recall(self, "tokens") + float(view.on.sum())}
 
     goal = Objective({name: objective(source=[s]).streams["s"] for name, s in (("a", "demo"), ("b", "policy"))}, {"r": Counts()})
-    data = batch(row(-1.0, -1.0), row(-1.0, sources=["prompt", "policy"])).replace(memory={"elsewhere": 3.0})
+    data = batch(row(-1.0, -1.0), row(-1.0, sources=["prompt", "policy"])).replace(memory={"elsewhere": 3.0, "b/One.more": 1.0})
     memory = goal.remember(data)
-    assert goal.remembers and memory == {"elsewhere": 3.0, "a/Counts.tokens": 2.0} and goal.memory_for_parts(memory) == {"elsewhere": 3.0}
+    assert goal.remembers and memory == {"elsewhere": 3.0, "b/One.more": 1.0, "a/Counts.tokens": 2.0}
+    assert goal.memory_for_parts(memory) == {"elsewhere": 3.0, "b/One.more": 1.0}, "terms that remember nothing keep nothing to be left out"
     assert goal.weights(data).tolist() == [1.0] * 3 and goal.weights(data.replace(memory=memory)).tolist() == [-1.0, -1.0, 1.0]
     assert goal.remember(data.replace(memory=memory))["a/Counts.tokens"] == 4.0
+
+
+def test_an_infinite_ratio_that_is_masked_or_worth_nothing_weighs_nothing() -> None:
+    class First:
+        def factor(self, view: Any, advantage: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([0.0, 1.0, 1.0], dtype=view.logp.dtype)
+
+    goal = objective(reference=reference.Named("behaviour"), advantage=advantage.Column(), masks={"first": First()})
+    data = batch(row(-1.0, -1.0, -1.0, advantage=[0.0, 2.0, 0.0, 3.0], logps={"behaviour": [-math.inf, -math.inf, -1.0]}))
+    assert goal.weights(data).tolist() == [0.0, 0.0, pytest.approx(3.0)]
