@@ -403,7 +403,7 @@ class Objective:
         kept = torch.exp(log_kept)
         log_ratio = view.select(stream.reference.log_ratio(view))
         live = view.on & (log_kept > -torch.inf) & (advantage != 0)
-        log_scale = torch.where(live, log_kept + log_ratio + torch.log(torch.where(live, advantage.abs(), 1.0)), -torch.inf)
+        log_scale = torch.where(live, log_kept + log_ratio + torch.log(advantage.abs()), -torch.inf)
         core = torch.sign(advantage) * torch.exp(log_scale) * view.select(stream.likelihood.derivative(view))
         coefficient = view.select(stream.aggregation.coefficient(view, kept))
         weight = view.at(stream.coef) * coefficient * view.select(view.batch.weight.to(core.dtype)) * core

@@ -57,7 +57,7 @@ class TokenView:
 
     def beside(self, context: str) -> TokenView:
         """The learnable tokens of the rows scored under another context, ``mismatched`` for instance.  The totals stay this stream's."""
-        of_context = torch.tensor([c == context for c in self.batch.contexts], dtype=torch.bool, device=self.on.device)
+        of_context = self.member.new_tensor([c == context for c in self.batch.contexts])
         return replace(self, on=self.batch.trainable & of_context[self.batch.seq], member=of_context)
 
     def reference(self, to: str) -> Tensor:

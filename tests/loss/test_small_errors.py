@@ -434,3 +434,17 @@ def test_an_infinite_ratio_that_is_masked_or_worth_nothing_weighs_nothing() -> N
     goal = objective(reference=reference.Named("behaviour"), advantage=advantage.Column(), masks={"first": First()})
     data = batch(row(-1.0, -1.0, -1.0, advantage=[0.0, 2.0, 0.0, 3.0], logps={"behaviour": [-math.inf, -math.inf, -1.0]}))
     assert goal.weights(data).tolist() == [0.0, 0.0, pytest.approx(3.0)]
+
+
+def test_a_likelihood_multiplies_by_its_derivative() -> None:
+    class Twice(likelihood.Token):
+        def derivative(self, view: Any) -> torch.Tensor:
+            return torch.full_like(view.logp, 2.0)
+
+    assert objective(likelihood=Twice()).weights(batch(row(-1.0, -1.0))).tolist() == [2.0, 2.0]
+
+
+def test_recorded_log_probs_are_read_in_the_precision_of_the_policys() -> None:
+    data = batch(row(-1.0, logps={"behaviour": [-2.0]}))
+    for kind in (torch.float32, torch.float64):
+        assert objective().views(data, torch.tensor([-1.0], dtype=kind))["s"].reference("behaviour").dtype == kind
