@@ -142,12 +142,16 @@ class TokenView:
         out, ends = self.select(values), self.batch.cu_seqlens[1:] - 1
         reach = self.select(decay if isinstance(decay, Tensor) else torch.full_like(out, decay), 1.0)
         reach[ends[self.batch.lengths > 0]] = 0.0
-        step, longest = 1, int(self.batch.lengths.max()) if self.num_sequences else 0
-        while step < longest:
-            ahead, further = (torch.nn.functional.pad(x[step:], (0, step)) for x in (out, reach))
-            out = out + torch.where(reach > 0, reach * ahead, torch.zeros_like(out))
-            reach, step = reach * further, 2 * step
+        for step in self._strides():
+            ahead, further = (x.roll(-step) for x in (out, reach))  # what comes from the front is out of reach
+            out = out + torch.where(reach > 0, reach * ahead, 0.0)
+            reach = reach * further
         return out
+
+    def _strides(self) -> list[int]:
+        """1, 2, 4 and so on up to the length of the longest sequence."""
+        longest = max(self.batch.lengths.tolist(), default=0)
+        return [2**i for i in range(longest.bit_length())]
 
     def running(self, values: Tensor) -> Tensor:
         """Sum over this and the earlier of the stream's tokens in the sequence, ``[N]``; tokens of other sources add nothing and get the sum so far.
@@ -156,17 +160,14 @@ class TokenView:
         """
         out, index = self.select(values), torch.arange(len(self.logp), device=self.logp.device)
         place = index - self.batch.cu_seqlens[self.batch.seq]
-        step, longest = 1, int(self.batch.lengths.max()) if self.num_sequences else 0
-        while step < longest:
-            behind = torch.nn.functional.pad(out, (step, 0))[: len(out)]
-            out = out + torch.where(place >= step, behind, torch.zeros_like(out))
-            step *= 2
+        for step in self._strides():
+            out = out + torch.where(place >= step, out.roll(step), 0.0)
         return out
 
     def following(self, values: Tensor) -> Tensor:
         """``values`` at the next of the stream's tokens in the sequence, tokens of other sources passed over; 0 behind the last, ``[N]``."""
         carried, ends = self.discounted(values, 0.0), self.batch.cu_seqlens[1:] - 1
-        ahead = torch.nn.functional.pad(carried[1:], (0, 1)) if len(carried) else carried
+        ahead = carried.roll(-1)
         ahead[ends[self.batch.lengths > 0]] = 0.0
         return ahead
 

@@ -448,3 +448,27 @@ def test_recorded_log_probs_are_read_in_the_precision_of_the_policys() -> None:
     data = batch(row(-1.0, logps={"behaviour": [-2.0]}))
     for kind in (torch.float32, torch.float64):
         assert objective().views(data, torch.tensor([-1.0], dtype=kind))["s"].reference("behaviour").dtype == kind
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9])
+def test_sums_over_what_comes_and_what_was_stay_in_their_sequence(length: int) -> None:
+    rows = [row(*[-1.0] * length), row(-1.0, sources=["prompt", "policy"]), row(*[-1.0] * length)]
+    rows[2] = row(*[-1.0] * length, sources=["prompt", *["demo"] * (length - 1), "policy"]) if length > 1 else rows[2]
+    view = view_of(*rows)
+    values = torch.arange(1.0, 2 * length + 2, dtype=torch.float64)
+    for decay in (0.0, 0.5, 1.0):
+        come, was, after = [], [], []
+        for i in range(len(values)):
+            here = [j for j in range(len(values)) if view.batch.seq[j] == view.batch.seq[i] and view.on[j]]
+            ahead = [j for j in here if j >= i]
+            come.append(sum(decay**n * float(values[j]) for n, j in enumerate(ahead)))
+            was.append(sum(float(values[j]) for j in here if j <= i))
+            after.append(float(values[min(j for j in here if j > i)]) if any(j > i for j in here) else 0.0)
+        assert view.discounted(values, decay).tolist() == pytest.approx(come)
+        assert view.running(values).tolist() == was and view.following(values).tolist() == after
+
+
+def test_no_tokens_have_no_sums() -> None:
+    empty = torch.zeros(0, dtype=torch.float64)
+    view = objective().views(batch(), empty)["s"]
+    assert view.discounted(empty).shape == view.running(empty).shape == view.following(empty).shape == (0,)
