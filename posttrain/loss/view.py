@@ -183,10 +183,9 @@ class TokenView:
 
     def code_max(self, codes: Tensor, per_sequence: Tensor) -> Tensor:
         """Largest over the stream's sequences that share a code, back on each, ``[S]``; minus infinity without one."""
-        has, (size, index) = (codes >= 0) & self.member, _by_code(codes)
-        most = torch.full((size,), -torch.inf, dtype=per_sequence.dtype, device=per_sequence.device)
-        most = most.scatter_reduce(0, index[has], per_sequence[has], "amax")
-        return torch.where(has, most[index], -torch.inf)
+        has, place = (codes >= 0) & self.member, _places(codes)
+        most = torch.full_like(per_sequence, -torch.inf).scatter_reduce(0, place[has], per_sequence[has], "amax")
+        return torch.where(has, most[place], -torch.inf)
 
     def code_count(self, codes: Tensor, which: Tensor) -> Tensor:
         """How many of the sequences ``which`` ``[S]`` share each sequence's code, ``[S]`` int64; 0 without a code."""
@@ -200,12 +199,10 @@ def memory_key(stream: str, term: Any, name: str) -> str:
 
 def sum_by_code(codes: Tensor, per_sequence: Tensor, which: Tensor) -> Tensor:
     """Sum over the sequences ``which`` that share a code (-1 is one too), back on each, ``[S]``."""
-    size, index = _by_code(codes)
-    total = torch.zeros(size, dtype=per_sequence.dtype, device=per_sequence.device)
-    return total.index_add(0, index[which], per_sequence[which])[index]
+    place = _places(codes)
+    return torch.zeros_like(per_sequence).index_add(0, place[which], per_sequence[which])[place]
 
 
-def _by_code(codes: Tensor) -> tuple[int, Tensor]:
-    """How many codes there are, and the place of each sequence's among them: codes are those of a whole step, and a part of it holds few."""
-    known, index = codes.unique(return_inverse=True)
-    return len(known), index
+def _places(codes: Tensor) -> Tensor:
+    """The place of each sequence's code among those that are here: codes are those of a whole step, and a part of it holds few."""
+    return codes.unique(return_inverse=True)[1]
