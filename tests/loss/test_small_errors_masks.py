@@ -153,6 +153,7 @@ def test_the_range_of_a_clip_is_read_at_its_own_level() -> None:
     objective(likelihood=geometric, masks={"clip": mask.RatioClip(level="token")})
     objective(likelihood=token, masks={"clip": mask.RatioClip(3e-4, 4e-4, level="sequence_geometric")})
     objective(likelihood=token, masks={"clip": mask.RatioClip(Linear(0.001, 0.002), Linear(0.001, 0.002))})
+    objective(likelihood=geometric, masks={"clip": mask.RatioClip(low=1.0, high=math.inf)})
     for like, clip in ((geometric, mask.RatioClip(3e-4, 4e-4, level="token")), (token, mask.RatioClip(level="sequence_geometric"))):
         with pytest.raises(ValueError, match="is a range for"):
             objective(likelihood=like, masks={"clip": clip})
@@ -177,6 +178,11 @@ def test_what_is_rejected() -> None:
     assert [factors(mask.Reject(), row)[0] for row in rows] == [0, 1, 1, 1, 0]
     wide, low = mask.Reject(0.0, math.inf), mask.Reject(0.0, 1.0)
     assert [factors(wide, row)[0] for row in rows] == [1] * 5 and [factors(low, row)[0] for row in rows] == [1, 1, 1, 0, 0]
+    assert [factors(mask.Reject(1.0, 1.0), row)[0] for row in rows] == [0, 0, 1, 0, 0]
+    refused = (({"min": -0.1}, "min=-0.1 must be at least 0"), ({"level": "word"}, "level='word' does not exist"), ({"to": "old"}, "is always 1"))
+    for wrong, said in refused:
+        with pytest.raises(ValueError, match=said):
+            mask.Reject(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_band_of_probabilities_keeps_its_ends() -> None:
@@ -641,6 +647,8 @@ def test_numbers_are_drawn_towards_labels() -> None:
     assert head(*given, term=value.Towards())[1]["accuracy"] == (3.0, 4.0)
     pull, found = head(*[answer(*x, rewards={"label": y}) for x, y in (([0.5, 2.0], 3.0), ([-1.0], -2.0))], term=value.Towards(f="squared"))
     assert pull == pytest.approx([5.0, 2.0, -2.0]) and found == {"value_loss": (pytest.approx(6.25 + 1.0 + 1.0), 3.0)}
+    with pytest.raises(ValueError, match="f='hinge' does not exist; choose logistic or squared"):
+        value.Towards(f="hinge")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"advantage\.Towards\.label=label is 3 on sample 'high'"):
         head(answer(0.0, rewards={"label": 3.0}, sample_id="high"), term=value.Towards())
     with pytest.raises(ValueError, match=r"advantage\.Towards\.label reads the reward 'label', which is nan on sample 'none'"):
@@ -675,6 +683,9 @@ def test_a_critic_moves_at_most_so_far_from_what_it_said() -> None:
     assert value.Return(None).needs == frozenset() and value.Return(values_from="critic").needs == {"critic"}
     two = [answer(v, -1.0, value=[1.0, -1.0], advantage=[NAN, a, 0.0]) for v, a in ((1.19, 2.0), (1.21, 2.0), (0.81, 0.0), (0.79, 0.0))]
     assert [p == 0.0 for p in head(*two, term=value.Return())[0][::2]] == [False, True, False, True], "0.2 by default"
+    for refused in (0.0, -0.2):
+        with pytest.raises(ValueError, match=f"clip={refused} must be above 0, or null for no clipping"):
+            value.Return(refused)
     later = value.Return(clip=Linear(0.25, 1.0))
     view = view_of(*rows, progress=1.0, likelihood=likelihood.Score(), aggregation=aggregate.SequenceMeanTokenSum())
     assert later.values(view)[view.on].tolist() == [0.875, 0.75, 0.5, 1.5, -1.5]
