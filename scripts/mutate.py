@@ -7,9 +7,13 @@
     scripts/mutate.py --list                           what would be planted; nothing is run
 
 Errors go into the code of ``posttrain/{loss,advantage,mixture}``: never into docstrings, messages, types or ``formula`` texts, and never
-into this checkout, but into a copy in a temporary directory.  One process imports torch and pytest once and forks for every error; before
-that the tests run once as they are, which says which of them execute which statement: those run against an error there, until the first failure.  A test
-that runs out of time counts as a failure.  What fails without any error is left out, and said.
+into this checkout, but into a copy in a temporary directory.  First the tests run once as they are, which says which of them execute which statement:
+those run against an error there, until the first failure.  A test that runs out of time counts as a failure.  What fails without any error is left out,
+and said.
+
+Two ways to plant one, ``--jobs`` at a time.  In a process that has collected the tests, and forks for every error, the function is given the code with
+the error.  What that cannot do (a default, a line outside functions) and what no test notices there (a test may start processes of its own) is written
+into the file of a copy, and everything is imported again.
 
 Errors that change nothing which could be observed stand in ``scripts/mutants_equivalent.txt`` with the reason; another is drawn instead.
 """
@@ -20,6 +24,8 @@ import argparse
 import builtins
 import compileall
 import functools
+import gc
+import itertools
 import json
 import os
 import resource
@@ -28,12 +34,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mutations import Mutant, candidates, draw, scope_of, statement_line, with_probes
+from mutations import Mutant, candidates, draw, scope_of, statement_line, transplant, with_probes
 
 ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "scripts" / "mutants_equivalent.txt"
@@ -75,9 +81,6 @@ class Plugin:
         self.tests: dict[str, dict[str, Any]] = {}
         self.failed: list[str] = []
         self.lines: set[tuple[str, int]] = set()
-        setattr(builtins, SEEN, lambda where: self.lines.add(where))
-        if rank is None:
-            functools.cache = self.cache  # type: ignore[assignment]
 
     def cache(self, function: Callable) -> Callable:
         """``functools.cache`` which also remembers the lines that made a value: every test that uses it depends on them."""
@@ -121,56 +124,145 @@ class Plugin:
             self.failed.append(f"{report.nodeid} (not importable)")
 
 
-def child(copy: Path, files: Sequence[str], cpu_s: float, rank: dict[str, tuple] | None = None) -> dict[str, Any]:
-    """The tests in a process of their own.  Gives what the plugin saw, and ``code``: pytest's, or minus the signal that ended it."""
+class Planter(Plugin):
+    """Collects the tests, and runs the chosen ones in a fork for every error, ``jobs`` at a time."""
+
+    def __init__(self, copy: Path, planted: Sequence[Mutant], ranks: Sequence[dict[str, tuple]], sources: dict[str, bytes], jobs: int) -> None:
+        super().__init__({})
+        self.copy, self.planted, self.ranks, self.sources, self.jobs = copy, planted, ranks, sources, jobs
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        self.items = {i.nodeid: i for i in items}
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        gc.freeze()
+        planted = forks(range(len(self.planted)), self.jobs, self.fork, lambda i: self.copy / f"{i}.json")
+        noticed = set[str]()
+        with open(self.copy / "verdicts.jsonl", "w", buffering=1) as out:
+            for i, verdict in planted:
+                noticed |= {name for name in verdict["failed"][:1] if name in self.items}
+                out.write(json.dumps([i, verdict]) + "\n")
+            self.control = sorted(noticed)
+            for i, verdict in forks([len(self.planted)], 1, self.fork, lambda i: self.copy / f"{i}.json"):
+                out.write(json.dumps([i, verdict]) + "\n")
+        return True
+
+    def verdicts(self, pid: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What the process ``pid`` says of the errors, one after another."""
+        path, ended = self.copy / "verdicts.jsonl", False
+        at = 0
+        while not ended:
+            ended = os.waitpid(pid, os.WNOHANG)[0] != 0
+            for line in path.read_text()[at:].splitlines(keepends=True) if path.exists() else ():
+                if line.endswith("\n"):
+                    at += len(line)
+                    yield tuple(json.loads(line))  # type: ignore[misc]
+            time.sleep(0.1)
+
+    def fork(self, number: int) -> int:
+        """Start the tests of an error, or behind the last those that noticed one, without any; gives the process."""
+        result = self.copy / f"{number}.json"
+        pid = os.fork()
+        if pid:
+            return pid
+        seen: dict[str, Any] = {"failed": [], "possible": False}
+        try:
+            os.setsid()
+            self.failed.clear()
+            folder = self.copy / "tmp" / str(number)
+            folder.mkdir(parents=True)
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = str(folder)
+            limits(600)
+            without = number == len(self.planted)
+            if without or self.plant(self.planted[number]):
+                seen["possible"] = True
+                items = [self.items[n] for n in (self.control if without else self.ranks[number]) if n in self.items]
+                for item, following in zip(items, [*items[1:], None], strict=True):
+                    item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                    if self.failed and not without:
+                        break
+            seen["failed"] = self.failed
+        except BaseException as error:
+            seen["failed"] = [*self.failed, f"{type(error).__name__}: {error}"[:100]]
+        finally:
+            result.write_text(json.dumps(seen))
+            shutil.rmtree(self.copy / "tmp" / str(number), ignore_errors=True)
+            os._exit(0)
+
+
+    def plant(self, m: Mutant) -> bool:
+        module = sys.modules.get(m.file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        return module is not None and transplant(m, self.sources[m.file], module)
+
+
+def limits(cpu_s: float) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s), int(cpu_s) + 5))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+
+
+def forks(
+    numbers: Iterable[int], jobs: int, start: Callable[[int], int], result: Callable[[int], Path], limit_s: float = 1800.0
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run ``start(number)``, which gives a process, for each; yields what each wrote to ``result(number)``, with its exit status and seconds."""
+    running: dict[int, tuple[int, float]] = {}
+    waiting = list(numbers)[::-1]
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            number = waiting.pop()
+            running[start(number)] = number, time.monotonic()
+        for pid, (number, began) in list(running.items()):
+            done, raw = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del running[pid]
+                code, path = os.waitstatus_to_exitcode(raw), result(number)
+                seen = json.loads(path.read_text()) if path.exists() else {"failed": ["(time)" if code in (-9, -24) else "(crash)"], "possible": True}
+                path.unlink(missing_ok=True)
+                yield number, {"tests": {}, **seen, "code": code, "seconds": time.monotonic() - began}
+            elif time.monotonic() > began + limit_s:
+                os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def session(copy: Path, files: Sequence[str], plugin: Plugin, cpu_s: float, *options: str) -> int:
+    """The tests in a process of their own, which writes ``result.json``; gives the process."""
     result = copy / "result.json"
     result.unlink(missing_ok=True)
     pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.setsid()
-            out = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s), int(cpu_s) + 5))
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-            sys.dont_write_bytecode = rank is not None
-            plugin = Plugin(rank)
-            import pytest
+    if pid:
+        return pid
+    code, first = 70, plugin.rank is None
+    try:
+        os.setsid()
+        os.chdir(copy)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(copy), str(copy / "kernels")])
+        sys.path[:0] = [str(copy), str(copy / "kernels")]
+        out = os.open(copy / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        limits(cpu_s)
+        sys.dont_write_bytecode = not first
+        import pytest
 
-            import posttrain
+        import posttrain
 
-            if not str(posttrain.__file__).startswith(str(copy)):
-                raise RuntimeError(f"tests would run {posttrain.__file__}, not the copy")
-            words = [*files, "-q", "-p", "no:cacheprovider", f"--timeout={TEST_S if rank else 10 * TEST_S}", *(["-x"] if rank else [])]
-            code = int(pytest.main(words, plugins=[plugin]))
-            result.write_text(json.dumps({"tests": {} if rank else plugin.tests, "failed": plugin.failed}))
-        except BaseException as error:
-            result.write_text(json.dumps({"tests": {}, "failed": [f"{type(error).__name__}: {error}"[:100]]}))
-            code = code or 70
-        finally:
-            os._exit(code)
-    deadline, status = time.monotonic() + 20 * cpu_s, None
-    while status is None:
-        done, raw = os.waitpid(pid, os.WNOHANG)
-        if done:
-            status = os.waitstatus_to_exitcode(raw)
-        elif time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            deadline = float("inf")
-        else:
-            time.sleep(0.02)
-    seen = json.loads(result.read_text()) if result.exists() else {"tests": {}, "failed": ["(time)" if status in (-9, -24) else "(crash)"]}
-    return {**seen, "code": status}
+        if not str(posttrain.__file__).startswith(str(copy)):
+            raise RuntimeError(f"tests would run {posttrain.__file__}, not the copy")
+        setattr(builtins, SEEN, lambda where: plugin.lines.add(where))
+        if first:
+            functools.cache = plugin.cache  # type: ignore[assignment]
+        words = [*files, "-q", "-p", "no:cacheprovider", f"--timeout={10 * TEST_S if first else TEST_S}", *options]
+        code = int(pytest.main(words, plugins=[plugin]))
+        result.write_text(json.dumps({"tests": plugin.tests if first else {}, "failed": plugin.failed}))
+    except BaseException as error:
+        result.write_text(json.dumps({"tests": {}, "failed": [f"{type(error).__name__}: {error}"[:100]]}))
+        code = code or 70
+    finally:
+        os._exit(code)
 
 
-def warm_up(copy: Path) -> None:
+def warm_up() -> None:
     """Import what is slow, and nothing of the package."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(copy), str(copy / "kernels")])
-    sys.path[:0] = [str(copy), str(copy / "kernels")]
-    os.chdir(copy)
     import hydra  # noqa: F401
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
@@ -188,22 +280,36 @@ def replace_file(path: Path, source: bytes, later_s: int) -> None:
     os.utime(path, (stamp.st_atime, stamp.st_mtime + later_s))
 
 
-def ranking(m: Mutant, tests: dict[str, dict], lines: dict[str, set[tuple[str, int]]], source: bytes) -> dict[str, tuple]:
-    """The tests that can notice an error, the likely ones first.
+class Ranking:
+    """Which tests can notice an error, the likely ones first."""
 
-    Those that execute the statement, quick ones before slow ones.  What is executed when modules are imported can matter to every test that
-    executes anything of the same class or function, and if there is none, to all; and to the table of declarations.
-    """
-    files = next(files for folder, files in TESTS.items() if m.file.startswith(folder))
-    own, scope = (m.file, statement_line(m, source)), scope_of(m, source)
-    near: tuple[list[str], ...] = ([], [], [])
-    for name, test in tests.items():
-        if not test["failed"] and name.startswith(tuple(files)):
-            executed = lines[name]
-            near[0 if own in executed else 1 if name.startswith(TABLE) or any((m.file, n) in executed for n in scope) else 2].append(name)
-    at_import = own in lines[IMPORT] or not near[0]
-    chosen = near[0] + (near[1] if at_import else []) or near[2]
-    return {name: (name not in near[0], round(tests[name]["seconds"], 2), name) for name in chosen}
+    def __init__(self, tests: dict[str, dict]) -> None:
+        self.tests = {name: test for name, test in tests.items() if not test["failed"]}
+        self.at_import = {(f, n) for f, n in tests[IMPORT]["lines"]}
+        self.by_line: dict[tuple[str, int], set[str]] = defaultdict(set)
+        for name, test in self.tests.items():
+            for file, line in test["lines"]:
+                self.by_line[file, line].add(name)
+
+    def __call__(self, m: Mutant, source: bytes) -> dict[str, tuple]:
+        """Those that execute the statement, quick ones before slow ones, and those that execute little else before others.
+
+        What is executed when modules are imported can matter to every test that executes anything of the same class or function, and if there is none,
+        to all; and to the table of declarations.
+        """
+        files = tuple(next(files for folder, files in TESTS.items() if m.file.startswith(folder)))
+        own = m.file, statement_line(m, source)
+
+        def of(names: Iterable[str]) -> set[str]:
+            return {name for name in names if name.startswith(files)}
+
+        first = of(self.by_line.get(own, ()))
+        chosen = set(first)
+        if own in self.at_import or not first:
+            scope = [self.by_line.get((m.file, n), set()) for n in scope_of(m, source)]
+            chosen |= of(set().union(*scope)) | of(name for name in self.tests if name.startswith(TABLE))
+        rank = {n: (n not in first, round(self.tests[n]["seconds"], 1), len(self.tests[n]["lines"]), n) for n in chosen or of(self.tests)}
+        return dict(sorted(rank.items(), key=lambda item: item[1]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,6 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--number", type=int, default=120, help="how many errors (default 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--only", action="append", metavar="FILE", help="only in this file or folder; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="errors at a time (default: one per core)")
     parser.add_argument("--list", action="store_true", help="print the errors and run nothing")
     chosen = parser.parse_args(arguments)
     sources = {str(p.relative_to(ROOT)): p.read_bytes() for folder in TESTS for p in sorted((ROOT / folder).rglob("*.py"))}
@@ -242,51 +349,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return 0
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        copy = Path(folder).resolve()
-        for name in COPIED:
+        copies = [Path(folder).resolve() / str(i) for i in range(max(chosen.jobs, 1))]
+        for name, copy in itertools.product(COPIED, copies):
+            copy.mkdir(exist_ok=True)
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "outputs")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore) if (ROOT / name).is_dir() else shutil.copy(ROOT / name, copy / name)
-        for file, source in sources.items():
-            (copy / file).write_bytes(source)
-        killed, survivors = run(copy, planted, sources)
+        for file, copy in itertools.product(sources, copies):
+            (copy / file).write_bytes(sources[file])
+        killed, survivors = run(copies, planted, sources)
     return report(planted, killed, survivors, [(m, reasons[key(m)]) for m in equivalent], sources)
 
 
-def run(copy: Path, planted: Sequence[Mutant], sources: dict[str, bytes]) -> tuple[list[Mutant], list[Mutant]]:
-    warm_up(copy)
-    began = time.monotonic()
+def run(copies: Sequence[Path], planted: Sequence[Mutant], sources: dict[str, bytes]) -> tuple[list[Mutant], list[Mutant]]:
+    warm_up()
+    began, copy, jobs = time.monotonic(), copies[0], len(copies)
     files = list(dict.fromkeys(t for m in planted for folder, tests in TESTS.items() if m.file.startswith(folder) for t in tests))
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     for file, source in sources.items():
         replace_file(copy / file, with_probes(file, source, SEEN), -10)
-    whole = child(copy, files, 3600)
+    [(_, whole)] = forks([0], 1, lambda _: session(copy, files, Plugin(None), 3600), lambda _: copy / "result.json", 3600)
     for file, source in sources.items():
         replace_file(copy / file, source, 10)
-    compileall.compile_dir(copy / "posttrain", quiet=2)
-    cpu = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu
+    for one in copies:
+        compileall.compile_dir(one / "posttrain", quiet=2)
     tests = whole["tests"]
     failing = [name for name, test in tests.items() if test["failed"] and name != IMPORT]
     if len(tests) <= 2 * len(failing) or whole["code"] not in (0, 1):
         raise SystemExit(f"the tests do not run as they are: {whole['failed'][:5]}\n{(copy / 'output.txt').read_text()[-3000:]}")
-    print(f"{len(tests) - 1} tests, {cpu:.0f} s of one core with their lines recorded, {time.monotonic() - began:.0f} s on the clock")
+    print(f"{len(tests) - 1} tests, {time.monotonic() - began:.0f} s with their lines recorded")
     for name in failing:
         print(f"left out, fails without any error: {name}")
-    lines = {name: {(f, n) for f, n in test["lines"]} for name, test in tests.items()}
-    killed, survivors = [], []
+    ranking = Ranking(tests)
+    ranks = [ranking(m, sources[m.file]) for m in planted]
+    killed: dict[int, Mutant] = {}
     print("\n   #            s  place, what, by which test", flush=True)
-    for i, m in enumerate(planted, 1):
-        began, source = time.monotonic(), sources[m.file]
-        replace_file(copy / m.file, m.apply(source), 10 * i)
-        rank = ranking(m, tests, lines, source)
-        seen = child(copy, sorted({name.split("::")[0] for name in rank}), max(120.0, 2 * cpu), rank)
-        replace_file(copy / m.file, source, -10 * i)
+
+    def say(i: int, seen: dict[str, Any], dead: bool) -> None:
+        m = planted[i]
+        by = seen["failed"][0] if seen["failed"] else f"pytest's exit code {seen['code']}" if dead else f"{len(ranks[i])} tests"
+        word = "killed" if dead else "SURVIVED" if seen["possible"] else "later"
+        print(f"{i + 1:4d} {word:8s} {seen['seconds']:5.1f}  {m.file}:{m.line} {m.function} [{m.operator}] {by}", flush=True)
+
+    planter, noticed = Planter(copy, planted, ranks, sources, jobs), dict[int, str]()
+    for i, seen in planter.verdicts(session(copy, files, planter, 36000)):
+        if i < len(planted):
+            noticed.update({i: seen["failed"][0]} if seen["failed"] else {})
+            say(i, seen, bool(seen["failed"]))
+        else:
+            print(f"of the tests that noticed these errors fail without any: {', '.join(seen['failed']) or 'none'}")
+            killed = {i: planted[i] for i, name in noticed.items() if name not in seen["failed"]}
+    left = [i for i in range(len(planted)) if i not in killed]
+    print(f"\nwritten into the file: {len(left)}", flush=True)
+    free, used = list(copies), dict[int, Path]()
+
+    def start(i: int) -> int:
+        m, used[i] = planted[i], free.pop()
+        replace_file(used[i] / m.file, m.apply(sources[m.file]), 10 * (i + 1))
+        return session(used[i], sorted({name.split("::")[0] for name in ranks[i]}), Plugin(ranks[i]), 1200, "-x")
+
+    for i, seen in forks(left, jobs, start, lambda i: used[i] / "result.json"):
+        m = planted[i]
+        replace_file(used[i] / m.file, sources[m.file], -10 * (i + 1))
+        free.append(used[i])
         if seen["code"] == 5:
             raise SystemExit(f"no test was found for {m.file}")
-        (killed if seen["code"] else survivors).append(m)
-        verdict = "killed" if seen["code"] else "SURVIVED"
-        by = seen["failed"][0] if seen["failed"] else f"pytest's exit code {seen['code']}" if seen["code"] else f"{len(rank)} tests"
-        print(f"{i:4d} {verdict:8s} {time.monotonic() - began:5.1f}  {m.file}:{m.line} {m.function} [{m.operator}] {by}", flush=True)
-    return killed, survivors
+        if seen["code"]:
+            killed[i] = m
+        say(i, {**seen, "possible": True}, bool(seen["code"]))
+    return list(killed.values()), [m for i, m in enumerate(planted) if i not in killed]
 
 
 def report(

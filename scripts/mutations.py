@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 
@@ -351,7 +352,7 @@ def candidates(file: str, data: bytes) -> list[Mutant]:
 def changes(mutant: Mutant, source: bytes) -> bool:
     """Whether an error is Python, and other Python than before."""
     try:
-        return ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+        return ast.dump(ast.parse(mutant.apply(source))) != _dumped(source)
     except SyntaxError:
         return False
 
@@ -413,17 +414,73 @@ def with_probes(file: str, source: bytes, seen: str) -> bytes:
     return ast.unparse(ast.fix_missing_locations(_Probes(file, seen).visit(ast.parse(source)))).encode()
 
 
+@cache
+def _parsed(source: bytes) -> ast.Module:
+    return ast.parse(source)
+
+
+@cache
+def _dumped(source: bytes) -> str:
+    return ast.dump(_parsed(source))
+
+
 def statement_line(mutant: Mutant, source: bytes) -> int:
     """Where the innermost statement begins that holds an error."""
     return max(
-        (n.lineno for n in ast.walk(ast.parse(source)) if isinstance(n, ast.stmt) and n.lineno <= mutant.line <= (n.end_lineno or 0)),
+        (n.lineno for n in ast.walk(_parsed(source)) if isinstance(n, ast.stmt) and n.lineno <= mutant.line <= (n.end_lineno or 0)),
         default=mutant.line,
     )
 
 
 def scope_of(mutant: Mutant, source: bytes) -> range:
     """The lines of the outermost class or function that holds an error."""
-    for node in ast.parse(source).body:
+    for node in _parsed(source).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.lineno <= mutant.line <= (node.end_lineno or 0):
             return range(node.lineno, (node.end_lineno or 0) + 1)
     return range(mutant.line, mutant.line + 1)
+
+
+def _function(mutant: Mutant, source: bytes) -> list[str] | None:
+    """The names that lead to the outermost function whose body holds an error: of classes, then its own."""
+    body, path, place = _parsed(source).body, list[str](), Source(source)
+    while True:
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and place.start(node.body[0]) <= mutant.start < place.end(node):
+                path.append(node.name)
+                break
+        else:
+            return None
+        if isinstance(node, ast.FunctionDef):
+            return path
+        body = node.body
+
+
+def _plain(found: Any) -> FunctionType | None:
+    """The function under a property, a class method, a cache and the like."""
+    while found is not None and not isinstance(found, FunctionType):
+        found = next((getattr(found, n) for n in ("fget", "func", "__func__", "__wrapped__") if getattr(found, n, None) is not None), None)
+    while (inner := getattr(found, "__wrapped__", None)) is not None:
+        found = inner
+    return found
+
+
+def transplant(mutant: Mutant, source: bytes, module: ModuleType) -> bool:
+    """Give a function of an imported module the code with the error.  False where that cannot be done: the error is in no function's body."""
+    path = _function(mutant, source)
+    if path is None:
+        return False
+    found: Any = module
+    for name in path:
+        found = vars(found).get(name)
+        if found is None:
+            return False
+    function = _plain(found)
+    code = compile(mutant.apply(source), str(module.__file__), "exec")
+    for name in path:
+        code = next((c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name), None)  # type: ignore[assignment]
+        if code is None:
+            return False
+    if function is None or function.__code__.co_name != path[-1] or function.__code__.co_freevars != code.co_freevars:
+        return False
+    function.__code__ = code
+    return True

@@ -175,7 +175,7 @@ class DropRepeats:
         out = []
         for rollout in group.rollouts:
             ids = tuple(t for s in rollout.segments for t in s.ids)
-            out.append(replace(rollout, advantage=None) if rollout.reward is not None and ids in seen else rollout)
+            out.append(replace(rollout, advantage=None) if ids in seen else rollout)
             if rollout.reward is not None:
                 seen.add(ids)
         return replace(group, rollouts=tuple(out))

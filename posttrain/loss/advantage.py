@@ -397,7 +397,7 @@ class GroupCenter:
         count = view.code_count(group, here).to(each.dtype)
         centred = each - view.code_sum(group, each) / count.clamp(min=1)
         centred = centred / {"none": torch.ones_like(count), "size": count, "peers": count - 1}[self.divide].clamp(min=1)
-        return view.spread(torch.where(here & (count > 1), centred, 0.0))
+        return view.spread(centred)
 
     def metrics(self, view: TokenView) -> Metrics:
         return self.inner.metrics(view) if hasattr(self.inner, "metrics") else {}
@@ -518,8 +518,7 @@ class Pairwise:
     def objective(self, view: TokenView) -> Metrics:
         """The published loss, the share of pairs ranked right, the margin ``beta h`` and ``beta`` times the score of each side, per pair."""
         h, score, _ = self._margin(view)
-        chosen = (view.batch.pair >= 0) & (view.batch.side > 0) & view.in_pair
-        rejected = (view.batch.pair >= 0) & (view.batch.side < 0) & view.in_pair
+        chosen, rejected = (view.in_pair & (view.batch.side == side) for side in (1, -1))
         pairs = float(chosen.sum())
         beta = view.at(self.beta)
         loss = self._loss(h, beta, self._offset(view), self._label(view))
@@ -537,7 +536,7 @@ class Pairwise:
         raw = sequence_score(view, self.score, self.to)
         score, slope = self._transformed(raw)
         if (more := view.at(self.shortfall)) != 0:
-            short = (view.batch.side > 0) & (raw < 0)
+            short = (view.batch.side == 1) & (raw < 0)
             score, slope = torch.where(short, (1 + more) * score, score), torch.where(short, (1 + more) * slope, slope)
         return pair_difference(view, score), score, slope
 
@@ -566,7 +565,7 @@ class Pairwise:
         """The probability that the chosen answer is the better one, on both sides of the pair."""
         if self.label is None:
             return 1.0
-        chosen = view.in_pair & (view.batch.side > 0)
+        chosen = view.in_pair & (view.batch.side == 1)
         label = torch.where(chosen, label_column(view, self.label, chosen, "advantage.Pairwise.label"), 0.0)
         return pair_difference(view, label)
 
@@ -687,7 +686,7 @@ class Pointwise:
         score, beta, y, good, bad = self._parts(view)
         if self.f == "squared":
             return view.spread(-2.0 * (good + bad) * (score - (y - 0.5) / beta))
-        r = beta * (score - self._shift(view, score))
+        r = beta * (score - self._shift(view))
         if self.f == "sigmoid":
             return view.spread(beta * (good - bad) * torch.sigmoid(r) * torch.sigmoid(-r))
         return view.spread(beta * (good * torch.sigmoid(-r) - bad * torch.sigmoid(r)))
@@ -696,7 +695,7 @@ class Pointwise:
         """The published loss, the share of answers on the right side of the shift, the share of good ones, ``beta`` times the score of each
         class, and ``beta`` times the shift, per answer."""
         score, beta, y, good, bad = self._parts(view)
-        shift = self._shift(view, score)
+        shift = self._shift(view)
         r = beta * (score - shift)
         loss = {
             "squared": lambda: (good + bad) * (score - (y - 0.5) / beta) ** 2,
@@ -726,7 +725,7 @@ class Pointwise:
         y = label_column(view, self.label, view.member, "advantage.Pointwise.label")
         return sequence_score(view, self.score, self.to), view.at(self.beta), y, view.at(self.good) * y, view.at(self.bad) * (1 - y)
 
-    def _shift(self, view: TokenView, score: Tensor) -> Tensor | float:
+    def _shift(self, view: TokenView) -> Tensor | float:
         if self.shift == "none" or not bool(view.on.any()):
             return 0.0
         view.require_whole(f"advantage.Pointwise(shift={self.shift})")
@@ -801,12 +800,12 @@ class Listwise:
         view = self._whole(view)
         beta, r, target, log_target, codes, count = self._parts(view)
         if self.f == "noise_contrastive":
-            return view.spread(beta * (target * torch.sigmoid(-r) - torch.sigmoid(r) / count.clamp(min=1)))
+            return view.spread(beta * (target * torch.sigmoid(-r) - torch.sigmoid(r) / count))
         log_p = self._log_softmax(view, codes, r)
         p = torch.exp(log_p)
         if self.f == "softmax":
             return view.spread(beta * (target - p))
-        gap = torch.where(view.member, log_p - log_target, torch.zeros_like(p))
+        gap = log_p - log_target
         return view.spread(-beta * p * (gap - view.code_sum(codes, p * gap)))
 
     def objective(self, view: TokenView) -> Metrics:
@@ -815,18 +814,18 @@ class Listwise:
         _, r, target, log_target, codes, count = self._parts(view)
         log_p = self._log_softmax(view, codes, r)
         if self.f == "noise_contrastive":
-            each = -target * logsigmoid(r) - logsigmoid(-r) / count.clamp(min=1)
+            each = -target * logsigmoid(r) - logsigmoid(-r) / count
         elif self.f == "softmax":
-            each = torch.where(target > 0, -target * log_p, torch.zeros_like(r))
+            each = torch.where(target > 0, -target * log_p, 0.0)
         else:
             each = torch.exp(log_p) * (log_p - log_target)
         here = view.member
-        lists = float((here / count.clamp(min=1).to(r.dtype)).sum())
-        best = here & (r == self._max(view, codes, r)) & (target == self._max(view, codes, target))
+        lists = float((here / count).sum())
+        best = (r == view.code_max(codes, r)) & (target == view.code_max(codes, target))
         hits = (view.code_count(codes, best) > 0) & here
         return {
             "preference_loss": (float(each[here].sum()), lists),
-            "accuracy": (float((hits / count.clamp(min=1).to(r.dtype)).sum()), lists),
+            "accuracy": (float((hits / count).sum()), lists),
         }
 
     def _whole(self, view: TokenView) -> TokenView:
@@ -837,9 +836,9 @@ class Listwise:
         return replace(view, member=view.in_pair)
 
     def _parts(self, view: TokenView) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """beta, r, target and its logarithm, the lists' codes and their sizes."""
+        """beta, r, target and its logarithm, the lists' codes and their sizes (1 outside lists)."""
         if self.of == "side":
-            codes, reward = view.batch.pair, (view.batch.side > 0).to(view.logp.dtype)
+            codes, reward = view.batch.pair, (view.batch.side == 1).to(view.logp.dtype)
         else:
             codes = view.batch.group
             alone = view.member & (codes < 0)
@@ -847,25 +846,16 @@ class Listwise:
                 sample = view.batch.sample_ids[int(alone.nonzero()[0])]
                 raise ValueError(f"stream {view.name!r}: advantage.Listwise compares the answers of a group; sample {sample!r} is in none")
             reward = reward_column(view, self.of, view.member, "advantage.Listwise.of")
-        count = view.code_count(codes, view.member)
+        count = view.code_count(codes, view.member).clamp(min=1).to(reward.dtype)
         if self.temperature:
             log_target = self._log_softmax(view, codes, reward / self.temperature)
         else:
-            best = (reward == self._max(view, codes, reward)) & view.member
-            log_target = torch.where(best, -torch.log(view.code_count(codes, best).clamp(min=1).to(reward.dtype)), -torch.inf)
+            best = reward == view.code_max(codes, reward)
+            log_target = torch.where(best, -torch.log(view.code_count(codes, best).to(reward.dtype)), -torch.inf)
         beta = view.at(self.beta)
         return beta, beta * sequence_score(view, self.score, self.to), torch.exp(log_target), log_target, codes, count
 
     def _log_softmax(self, view: TokenView, codes: Tensor, values: Tensor) -> Tensor:
-        """Within each list, ``[S]``; 0 outside the stream."""
-        shifted = torch.where(view.member, values - self._max(view, codes, values), torch.zeros_like(values))
-        total = view.code_sum(codes, torch.where(view.member, torch.exp(shifted), torch.zeros_like(values)))
-        return torch.where(view.member, shifted - torch.log(torch.where(view.member, total, 1.0)), torch.zeros_like(values))
-
-    @staticmethod
-    def _max(view: TokenView, codes: Tensor, values: Tensor) -> Tensor:
-        has = (codes >= 0) & view.member
-        size = max(int(codes.max()) + 1, 1) if len(codes) else 1
-        most = torch.full((size,), -torch.inf, dtype=values.dtype, device=values.device)
-        most = most.scatter_reduce(0, codes[has], values[has], "amax")[codes.clamp(min=0)]
-        return torch.where(has, most, torch.zeros_like(values))
+        """Within each list, ``[S]``; outside lists no number to be used."""
+        shifted = values - view.code_max(codes, values)
+        return shifted - torch.log(view.code_sum(codes, torch.exp(shifted)))

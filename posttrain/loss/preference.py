@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.loss.aggregate import PairSum, PairTokenMean, SequenceMeanTokenMean, SequenceMeanTokenSum
-from posttrain.loss.view import TokenView
+from posttrain.loss.view import TokenView, sum_by_code
 from posttrain.mixture.schedule import Scalar
 
 
@@ -24,11 +24,8 @@ def pair_difference(view: TokenView, per_sequence: Tensor) -> Tensor:
     """Chosen minus rejected, on both sides of every pair of the stream, ``[S]``; 0 outside pairs.  Raises ``FloatingPointError`` naming the
     sample where it is not a number: both sides are infinite."""
     has = view.in_pair
-    codes = torch.where(has, view.batch.pair, -1)
-    signed = torch.where(has, per_sequence * view.batch.side, torch.zeros_like(per_sequence))
-    size = int(codes.max()) + 1 if len(codes) and int(codes.max()) >= 0 else 1
-    per_pair = torch.zeros(size, dtype=signed.dtype, device=signed.device).index_add(0, codes[has], signed[has])
-    difference = torch.where(has, per_pair[codes.clamp(min=0)], torch.zeros_like(signed))
+    signed = per_sequence * view.batch.side
+    difference = torch.where(has, sum_by_code(view.batch.pair, signed, has), torch.zeros_like(signed))
     if bool(torch.isnan(difference).any()):
         where = int(torch.isnan(difference).nonzero()[0])
         raise FloatingPointError(
@@ -84,7 +81,7 @@ def label_column(view: TokenView, name: str, which: Tensor, what: str) -> Tensor
         if bool(none.any()):
             sample = view.batch.sample_ids[int(none.nonzero()[0])]
             raise ValueError(f"stream {view.name!r}: {what}=side, but sample {sample!r} is in no pair; give the stream paired=true")
-        return (view.batch.side > 0).to(view.logp.dtype)
+        return (view.batch.side == 1).to(view.logp.dtype)
     label = reward_column(view, name, which, what)
     bad = which & ((label < 0) | (label > 1))
     if bool(bad.any()):

@@ -178,11 +178,18 @@ class TokenView:
     def code_sum(self, codes: Tensor, per_sequence: Tensor) -> Tensor:
         """Sum over the stream's sequences that share a code (``batch.group`` or ``batch.pair``), back on each, ``[S]``; 0 without one."""
         has = (codes >= 0) & self.member
-        return torch.where(has, _by_code(codes, per_sequence, has), torch.zeros_like(per_sequence))
+        return torch.where(has, sum_by_code(codes, per_sequence, has), torch.zeros_like(per_sequence))
+
+    def code_max(self, codes: Tensor, per_sequence: Tensor) -> Tensor:
+        """Largest over the stream's sequences that share a code, back on each, ``[S]``; minus infinity without one."""
+        has, (size, index) = (codes >= 0) & self.member, _by_code(codes)
+        most = torch.full((size,), -torch.inf, dtype=per_sequence.dtype, device=per_sequence.device)
+        most = most.scatter_reduce(0, index[has], per_sequence[has], "amax")
+        return torch.where(has, most[index], -torch.inf)
 
     def code_count(self, codes: Tensor, which: Tensor) -> Tensor:
         """How many of the sequences ``which`` ``[S]`` share each sequence's code, ``[S]`` int64; 0 without a code."""
-        return torch.where(codes >= 0, _by_code(codes, which.to(torch.int64), (codes >= 0) & which), torch.zeros_like(codes))
+        return torch.where(codes >= 0, sum_by_code(codes, which.to(torch.int64), which), torch.zeros_like(codes))
 
 
 def memory_key(stream: str, term: Any, name: str) -> str:
@@ -190,7 +197,14 @@ def memory_key(stream: str, term: Any, name: str) -> str:
     return f"{stream}/{type(term).__name__}.{name}"
 
 
-def _by_code(codes: Tensor, per_sequence: Tensor, has: Tensor) -> Tensor:
-    size = max(int(codes.max()) + 1, 1) if len(codes) else 1
+def sum_by_code(codes: Tensor, per_sequence: Tensor, which: Tensor) -> Tensor:
+    """Sum over the sequences ``which`` that share a code (-1 is one too), back on each, ``[S]``."""
+    size, index = _by_code(codes)
     total = torch.zeros(size, dtype=per_sequence.dtype, device=per_sequence.device)
-    return total.index_add(0, codes[has], per_sequence[has])[codes.clamp(min=0)]
+    return total.index_add(0, index[which], per_sequence[which])[index]
+
+
+def _by_code(codes: Tensor) -> tuple[int, Tensor]:
+    """How many codes there are, and the place of each sequence's among them: codes are those of a whole step, and a part of it holds few."""
+    known, index = codes.unique(return_inverse=True)
+    return len(known), index

@@ -48,7 +48,7 @@ class Feasible:
     def _pair(self, group: Group) -> Pair | None:
         known = [(value, kept, r) for r in group.rollouts if (value := value_of(r, self.metric)) is not None and (kept := self._kept(r)) is not None]
         passing, failing = ([s for s in known if s[1] is verdict] for verdict in (True, False))
-        if not passing or len(known) < 2:
+        if not passing:
             return None
         best, worst = max(passing, key=lambda s: s[0]), min(failing or passing, key=lambda s: s[0])
         if not failing and not best[0] - worst[0] > self.gap:

@@ -46,7 +46,7 @@ class BestWorst:
 
     def _pair(self, group: Group) -> Pair | None:
         scored = [(value, r) for r in group.rollouts if (value := value_of(r, self.metric)) is not None]
-        if len(scored) < 2:
+        if not scored:
             return None
         best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
         if not best[0] - worst[0] > self.gap:
