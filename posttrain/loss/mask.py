@@ -656,7 +656,7 @@ class SecondMoment(_Ratio):
         squares = ordered.double() ** 2
         within, ranks = torch.cumsum(squares, 0), torch.arange(1, len(squares) + 1, device=squares.device)
         beyond = (len(squares) - ranks) * squares
-        moment = (within + beyond) / max(len(squares), 1) if self.rule == "capped" else within / ranks
+        moment = (within + beyond) / len(squares) if self.rule == "capped" else within / ranks
         fitting = (moment <= tau).nonzero()[:, 0]
         return float(ordered[int(fitting[-1])]) if len(fitting) else 0.0
 
