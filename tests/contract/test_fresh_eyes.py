@@ -1,0 +1,70 @@
+"""Claims somebody tried to prove false, and did: each of these once failed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from posttrain.advantage.shape import TailRisk
+from posttrain.cli import compose_loss
+from posttrain.data.contexts import with_contexts
+from posttrain.data.pack import Packer
+from posttrain.records import Row, TokenBatch
+from tests.advantage.test_group import group, values
+
+
+def thought(place: int, number: int) -> Row:
+    """A prompt of two tokens, a thought, and the word behind it."""
+    n = 1 + (place + number) % 3
+    return Row(
+        ids=list(range(3 + n)),
+        sources=["prompt"] * 2 + ["policy"] * n + ["tool"],
+        trainable=[False] * 2 + [True] * n + [False],
+        sample_id=f"{place}/{number}",
+        group=str(place),
+    )
+
+
+@pytest.mark.parametrize("updates", [1, 4, 12])
+def test_thoughts_on_many_places_may_be_dealt_into_several_updates(updates: int) -> None:
+    """Codes of groups are those of the whole batch, also in a step that holds a few of them: a small step once had no room for the large codes."""
+    loss = compose_loss("rlp")
+    rows = with_contexts([thought(place, number) for place in range(12) for number in range(2)], loss.needs.contexts)
+    steps = list(Packer(64, 1, updates).plan(rows, "batch", dtype=torch.float64))
+    assert len(steps) == updates
+    for step in steps:
+        whole = step.whole
+        logp = -torch.linspace(0.1, 2.0, whole.num_tokens, dtype=torch.float64)
+        filled = whole.with_logps(current=logp, old=logp, base=logp.flip(0))
+        weights = loss.weights(filled.replace(totals=loss.totals(filled)))
+        codes = {int(c): i for i, c in enumerate(dict.fromkeys(filled.group.tolist()))}
+        small = filled.replace(group=torch.tensor([codes[int(c)] for c in filled.group]))
+        assert bool(weights.any()) and torch.equal(weights, loss.weights(small.replace(totals=loss.totals(small))))
+
+
+def released_credit(bundle: Sequence[Sequence[float]], low: float, high: float, a: float = 0.2, b: float = 0.8, w: float = 1.5) -> list[list[float]]:
+    """A bundle's advantages as RiskPO's release shares them out with ``std``: over the deviation of the bundle's scores and over that of the question's rewards."""
+    scores = [sum(each) for each in zip(*bundle, strict=True)]
+    risk = [(w * -max(low - s, 0.0) / a + (max(s - low, 0.0) - max(s - high, 0.0) + low - high) / (b - a)) / (w + 1) for s in scores]
+    spread = [statistics.stdev(rewards) for rewards in bundle]
+    return [[r / statistics.stdev(scores) / (own if own > 1e-3 else 1.0) for r in risk] for own in spread]
+
+
+def test_a_question_of_little_spread_gets_more_of_the_tail_and_not_less() -> None:
+    bundle = [(1.0, 0.0, 1.0), (0.5, 0.5, 0.4), (1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.2, 0.0, 0.1)]
+    found = values(TailRisk(quantiles=[1.5, 3.0]), *(group(*rewards, name=str(i)) for i, rewards in enumerate(bundle)))
+    assert found == pytest.approx([x for each in released_credit(bundle, 1.5, 3.0) for x in each])
+
+
+def test_an_answer_that_nothing_is_learnt_from_takes_no_share_of_the_right_ones() -> None:
+    """The sum of no log-probs is 0, the most probable answer there can be."""
+    loss = compose_loss("multi_target")
+    told = [{"ids": [1, 2, 3], "sources": ["prompt", "policy", "policy"], "group": "g", "logps": {"current": [0.0, -1.0, p]}} for p in (-1.0, -3.0)]
+    masked = {**told[0], "trainable": False, "sample_id": "masked"}
+    both, three = (TokenBatch.from_sequences(rows, dtype=torch.float64) for rows in (told, [*told, masked]))
+    weights = loss.weights(three)
+    assert torch.equal(weights[:4], loss.weights(both)) and not bool(weights[4:].any())
+    assert float(weights[0] + weights[2]) == pytest.approx(1.0)
