@@ -129,10 +129,8 @@ def _check_sampled(config: RunConfig, sources: set[str], require: Require) -> No
     prefixed, continued = (getattr(rollout.strategy, name, False) for name in ("needs_demos", "continues"))
     forcing = hasattr(rollout.strategy, "forced_tokens")
     require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
-    require(
-        forcing or not getattr(config.advantage, "needs_exits", False),
-        f"advantage {type(config.advantage).__name__} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
-    )
+    leaving = [type(a).__name__ for a in estimators(config.advantage) if getattr(a, "needs_exits", False)]
+    require(forcing or not leaving, f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks")
     require(
         continued or not getattr(config.mixture.gate, "needs_continuations", False),
         f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "
@@ -221,7 +219,7 @@ def _check_places(config: RunConfig, require: Require) -> None:
     from posttrain.advantage import Placed
     from posttrain.update import returns_of
 
-    placed, name = isinstance(config.advantage, Placed), config.loss.name
+    placed, name = any(isinstance(a, Placed) for a in estimators(config.advantage)), config.loss.name
     terms = [term for stream in config.loss.streams.values() if (term := returns_of(stream.advantage)) is not None]
     each = any(term.rewards == "each" and term.earned is None for term in terms)
     require(each or not placed, f"advantage=placed hands on a reward for every token, and loss {name!r} does not add them up; choose loss=fine_grained, or another advantage")
@@ -235,6 +233,12 @@ def _imitates(stream: Any) -> bool:
     """Whether a stream's tokens are learnt alike, whoever sampled them: then the temperature they were drawn at is free."""
     terms = (stream.reference, *stream.masks.values())
     return bool(getattr(stream.advantage, "constant", False)) and not any({"old", "behaviour"} & set(getattr(t, "needs", ())) for t in terms)
+
+
+def estimators(advantage: Any) -> list[Any]:
+    """An advantage and everything it is made of."""
+    parts = [*getattr(advantage, "steps", {}).values(), getattr(advantage, "inner", None)]
+    return [advantage, *(found for part in parts if part is not None for found in estimators(part))]
 
 
 def needs_group(advantage: Any) -> bool:

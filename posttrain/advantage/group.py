@@ -219,16 +219,35 @@ def _value(rollout: Rollout) -> float:
     return value
 
 
+class Around:
+    """An estimator around another one, ``inner``: what that remembers is what it remembers."""
+
+    inner: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if hasattr(self.inner, "load_state_dict"):
+            self.inner.load_state_dict(state)
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Estimators one after the other, in the order of the map: group-centred, then whitened over the batch, for instance."""
+    """Estimators one after the other, in the order of the map: group-centred, then whitened over the batch, for instance.
+
+    One that gives every token a number of its own stands last, or before those that only leave answers out: raises ``ValueError`` where an answer's number
+    would be changed behind it, which no token would see.
+    """
 
     steps: Mapping[str, Estimator | None]
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         out = list(groups)
-        for step in self.steps.values():
-            out = out if step is None else step(out)
+        for name, step in self.steps.items():
+            if step is not None:
+                before, out = out, step(out)
+                _unseen(name, before, out)
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,6 +257,20 @@ class Chain:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, values in state.items():
             self.steps[name].load_state_dict(values)  # type: ignore[union-attr]
+
+
+def _unseen(name: str, before: Sequence[Group], after: Sequence[Group]) -> None:
+    """Raise where a step changed the number of an answer whose tokens have, and keep, numbers of their own."""
+    for old, new in zip(before, after, strict=False):
+        placed = {r.sample_id: r for r in old.rollouts if r.placed and r.paid is not None}
+        for rollout in new.rollouts:
+            was = placed.get(rollout.sample_id)
+            if was is None or rollout.paid is not was.paid or rollout.advantage in (None, was.advantage):
+                continue
+            raise ValueError(
+                f"advantage.steps.{name} gives sample {rollout.sample_id!r} one number, and the step before has given its tokens numbers of their own, which would "
+                f"stand; put {name} first, or leave it out"
+            )
 
 
 def statistics(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:

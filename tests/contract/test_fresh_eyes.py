@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from posttrain.advantage import Among, BatchWhiten, Chain, Extremes, GroupAdvantage, PerReward, Placed, Reward, RunningBaseline
+from posttrain.advantage.exits import Progress, Serial
 from posttrain.advantage.shape import TailRisk
+from posttrain.checks import check
 from posttrain.cli import compose_loss
+from posttrain.config import ConfigError
 from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer
-from posttrain.records import Row, TokenBatch
+from posttrain.mixture.demos import Demos
+from posttrain.mixture.gate import Inject, as_rollout
+from posttrain.records import Demo, Group, Prompt, Rollout, Row, Segment, Source, TokenBatch
+from posttrain.rollout.exits import Exits
 from tests.advantage.test_group import group, values
+from tests.test_config import settings
 
 
 def thought(place: int, number: int) -> Row:
@@ -68,3 +79,57 @@ def test_an_answer_that_nothing_is_learnt_from_takes_no_share_of_the_right_ones(
     weights = loss.weights(three)
     assert torch.equal(weights[:4], loss.weights(both)) and not bool(weights[4:].any())
     assert float(weights[0] + weights[2]) == pytest.approx(1.0)
+
+
+def test_what_a_chain_of_estimators_asks_for_is_asked_for() -> None:
+    """Without exits every answer is a chain of its own, and all would get 0; a reward of every token is none of an answer, whatever it stands in."""
+    check(settings(rollout__strategy=Exits(), advantage=Chain({"serial": Serial()})))
+    for advantage in (Chain({"serial": Serial()}), Chain({"inner": Chain({"progress": Progress(inner=None)})}), Among(inner=Serial())):
+        with pytest.raises(ConfigError, match=r"(Serial|Progress) compares exits of a chain, and nobody leaves one: choose rollout=exits"):
+            check(settings(advantage=advantage))
+    with pytest.raises(ConfigError, match=r"hands on a reward for every token, and loss 'grpo' does not add them up"):
+        check(settings(advantage=Chain({"placed": Placed()})))
+
+
+def test_a_number_behind_those_of_every_token_is_refused() -> None:
+    """The tokens would keep theirs, and what whitens or scales would do nothing."""
+    made = group(1.0, 0.0, 0.5)
+    with pytest.raises(ValueError, match=r"advantage\.steps\.white gives sample '\S+' one number, and the step before has given its tokens numbers of their own"):
+        Chain({"placed": Placed(), "white": BatchWhiten()})([made])
+    kept = Chain({"placed": Placed(), "best": Extremes(best=1, worst=0)})([made])[0].rollouts
+    assert [r.advantage for r in kept] == [1.0, None, None] and all(r.placed for r in kept)
+    assert values(Chain({"white": BatchWhiten(), "reward": Reward()}), made) == [1.0, 0.0, 0.5]
+
+
+def answered(name: str, *rewards: float) -> Group:
+    prompt = Prompt(name, (ord(name),))
+    return Group(prompt, tuple(Rollout(f"{name}/{i}", prompt, (Segment((2, 3), Source.policy),), reward=r, advantage=0.0) for i, r in enumerate(rewards)))
+
+
+def test_groups_that_demonstrations_join_are_whitened_over_the_step() -> None:
+    """Each was once estimated by itself: whitened over a batch of one group, and an annealed reward aged by as many steps as there were groups."""
+    made = [answered("a", 1.0, 0.0), answered("b", 0.0, 0.0), answered("c", 0.0, 0.5)]
+    demos = Demos([Demo(f"demo {n}", (Segment((ord(n),), Source.prompt), Segment((4,), Source.demo)), prompt=Prompt(n, (ord(n),))) for n in ("a", "b")])
+    estimator = Chain({"center": GroupAdvantage(scale="none"), "whiten": BatchWhiten(over="sequences")})
+    joint = [replace(g, rollouts=(*g.rollouts, as_rollout(demos.of(g.prompt)[0], 1.0))) for g in made[:2]]
+    expected = estimator([*joint, made[2]])
+    found = Inject(estimator)(made, demos, 0, 0.0)
+    assert [r.advantage for g in found[:2] for r in g.rollouts] == pytest.approx([r.advantage for g in expected[:2] for r in g.rollouts])
+    assert found[2] is made[2]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: Among(inner=inner, keep=2),
+        lambda inner: Serial(inner=inner),
+        lambda inner: Progress(inner=inner),
+        lambda inner: PerReward(inner=inner),
+        lambda inner: Chain({"around": Serial(inner=Chain({"base": inner}))}),
+        Inject,
+    ],
+)
+def test_what_an_estimator_inside_another_one_remembers_is_saved(wrap: Callable[[Any], Any]) -> None:
+    moved, fresh = RunningBaseline(by="all", baselines={"all": 0.7}), RunningBaseline(by="all")
+    wrap(fresh).load_state_dict(json.loads(json.dumps(wrap(moved).state_dict())))
+    assert fresh.baselines == {"all": 0.7}
