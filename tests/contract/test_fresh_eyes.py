@@ -133,3 +133,22 @@ def test_what_an_estimator_inside_another_one_remembers_is_saved(wrap: Callable[
     moved, fresh = RunningBaseline(by="all", baselines={"all": 0.7}), RunningBaseline(by="all")
     wrap(fresh).load_state_dict(json.loads(json.dumps(wrap(moved).state_dict())))
     assert fresh.baselines == {"all": 0.7}
+
+
+GATED = "{_target_: posttrain.contrib.gated.GatedKL, to: %s, threshold: 0.1}"
+
+
+def test_two_terms_that_would_share_a_memory_are_refused() -> None:
+    """Both wrote one running mean, of two different policies."""
+    compose_loss("safe")
+    with pytest.raises(ConfigError, match="stream 'rollouts' has GatedKL more than once, and what they remember would be one"):
+        compose_loss("safe", [f"regularizers.other={GATED % 'teacher'}"])
+    with pytest.raises(ConfigError, match="Whiten holds DualWeight, which remembers, and does not hand it on"):
+        compose_loss("grpo", ["streams.rollouts.advantage={_target_: posttrain.loss.advantage.Whiten, inner: {_target_: posttrain.contrib.supervised.DualWeight}}"])
+
+
+@pytest.mark.parametrize("around", ["Whiten", "GroupCenter, divide: none"])
+def test_a_term_around_another_asks_for_what_that_one_needs(around: str) -> None:
+    gain = "{_target_: posttrain.contrib.information.InformationGain, center: none}"
+    needs = compose_loss("grpo", [f"streams.rollouts.advantage={{_target_: posttrain.loss.advantage.{around}, inner: {gain}}}"]).needs
+    assert (needs.contexts, needs.coupling) == (frozenset({"without_thought"}), "batch")
