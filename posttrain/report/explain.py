@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.advantage import Constant, Reward
 from posttrain.config import RunConfig
 from posttrain.loss.reference import number
 from posttrain.loss.unified import Objective, Stream, declared
@@ -194,7 +195,11 @@ def settings_that_cannot_act(
             lines.append(f"loss.regularizers.{name}.coef=0 adds nothing{cost}; set loss.regularizers.{name}=null to switch it off")
     reads = any(getattr(s.advantage, "reads_column", False) for s in objective.streams.values())
     if advantage is not None and not reads:
-        lines.append("advantage: no stream of this loss reads the advantage column; set advantage=none")
+        needed = run.group_size is not None and not all(stream.paired for stream in objective.streams.values())  # it says which answers take part
+        if not needed:
+            lines.append("advantage: no stream of this loss reads the advantage column; set advantage=none")
+        elif not isinstance(advantage, (Constant, Reward)):
+            lines.append("advantage: no stream of this loss reads the advantage column; set advantage=constant, or reward to leave out answers without one")
     if advantage is not None and reads and run.group_size is not None:
         lines += _idle_in_advantage(advantage, run.group_size)
     return lines
