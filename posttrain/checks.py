@@ -92,6 +92,7 @@ def check(config: RunConfig) -> None:
         _check_sampled(config, sources, require)
     else:
         _check_given(config, sources, require)
+    _check_mixture(config, require)
     _check_evaluation(config, require)
 
 
@@ -156,6 +157,72 @@ def _check_given(config: RunConfig, sources: set[str], require: Require) -> None
     paired = any(s.paired for s in config.loss.streams.values())
     require(not paired or data.kind == "pairs", f"loss {config.loss.name!r} learns from pairs; set data.kind=pairs (it is {data.kind})")
     require(paired or data.kind != "pairs", f"data.kind=pairs needs a preference loss such as dpo; loss {config.loss.name!r} has no paired stream")
+
+
+def _check_mixture(config: RunConfig, require: Require) -> None:
+    """What the mixture makes of a step is learnt from, and what the loss learns from is brought."""
+    loss, name, data = config.loss, config.loss.name, config.data
+    gates, streams = parts_of(config.mixture.gate), loss.streams
+    pairing, rewriting, bringing, thinking = (
+        [type(g).__name__ for g in gates if getattr(g, trait, False)] for trait in ("makes_pairs", "makes_demos", "uses_demos", "adds_text")
+    )
+    sampled = config.rollout.kind == "vllm"
+    require(
+        not (sampled and pairing) or any(s.paired for s in streams.values()),
+        f"mixture.gate={''.join(pairing[:1])} makes pairs of the sampled answers, and loss {name!r} learns from none, it would imitate both sides or neither: choose "
+        "loss=online_dpo or another one of pairs, or mixture=none",
+    )
+    by_itself = {n: s for n, s in streams.items() if s.paired is not True}
+    given = any("demo" in s.source for s in by_itself.values())
+    require(
+        given or not rewriting,
+        f"mixture.gate={''.join(rewriting[:1])} turns sampled answers into given ones, and loss {name!r} learns from none: choose loss=leti or loss=rltf, or mixture=none",
+    )
+    joining = [type(g).__name__ for g in gates if getattr(g, "uses_demos", False) and not getattr(g, "makes_pairs", False) and not hasattr(g, "advantage")]
+    observed = any("tool" in s.source for s in by_itself.values())
+    require(
+        given or observed or not joining,
+        f"mixture.gate={''.join(joining[:1])} brings demonstrations, and loss {name!r} learns from none: choose loss=sft_plus_rl or another one with a stream of source "
+        "[demo], or mixture=none",
+    )
+    if sampled:
+        wanting = [n for n, s in by_itself.items() if set(s.source) == {"demo"} and _counts(s)]
+        require(
+            not wanting or bool(bringing or rewriting),
+            f"loss {name!r} has the stream {''.join(wanting[:1])!r} for given answers, and nothing brings any: choose mixture=NAME (add, luffy, hpt, ...), or set "
+            f"loss.streams.{''.join(wanting[:1])}=null",
+        )
+        begun = [n for n, s in by_itself.items() if set(s.source) == {"prefix"} and _counts(s)]
+        played = config.rollout.environment is not None or getattr(config.rollout.strategy, "needs_demos", False)
+        require(
+            not begun or played,
+            f"loss {name!r} has the stream {''.join(begun[:1])!r} for given beginnings of answers, and nothing brings any: choose rollout=prefix or rollout=hint, or set "
+            f"loss.streams.{''.join(begun[:1])}=null",
+        )
+        reads = "without_thought" in loss.needs.contexts
+        require(not reads or bool(thinking), f"loss {name!r} reads what a text says behind every thought, and nothing puts it there: choose mixture=before_text")
+        require(reads or not thinking, "mixture=before_text puts the next words of a text behind every thought, and this loss does not read them: choose loss=rlp, or mixture=none")
+    if data.kind == "demos" and not sampled:
+        marked = data.loss_on == "environment"
+        require(
+            observed or not marked,
+            f"data.loss_on=environment marks what the environment answered, and loss {name!r} learns from no such tokens: choose loss=world_model, or data.loss_on=assistant",
+        )
+        require(
+            marked or any(set(s.source) != {"tool"} for s in by_itself.values()) or not by_itself,
+            f"loss {name!r} learns what an environment answered, and data.loss_on={data.loss_on} marks none of it: set data.loss_on=environment",
+        )
+
+
+def parts_of(gate: Any) -> list[Any]:
+    """A gate, or the gates that act in turn."""
+    inner = getattr(gate, "gates", None)
+    return [gate] if inner is None else [part for g in inner.values() if g is not None for part in parts_of(g)]
+
+
+def _counts(stream: Any) -> bool:
+    """Whether a stream is switched on."""
+    return callable(stream.coef) or stream.coef != 0
 
 
 def _check_evaluation(config: RunConfig, require: Require) -> None:

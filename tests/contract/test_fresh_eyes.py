@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.advantage import Among, BatchWhiten, Chain, Extremes, GroupAdvantage, PerReward, Placed, Reward, RunningBaseline
+from posttrain.advantage import Among, BatchWhiten, Chain, Constant, Extremes, GroupAdvantage, PerReward, Placed, Reward, RunningBaseline
 from posttrain.advantage.exits import Progress, Serial
 from posttrain.advantage.shape import TailRisk
 from posttrain.checks import check
@@ -20,8 +22,12 @@ from posttrain.config import ConfigError
 from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer
 from posttrain.mixture.demos import Demos
-from posttrain.mixture.gate import Inject, as_rollout
+from posttrain.mixture.gate import Add, Inject, InTurn, as_rollout
+from posttrain.mixture.pairs import BestWorst
+from posttrain.mixture.tagged import OutcomeTag
+from posttrain.mixture.thoughts import BeforeText
 from posttrain.records import Demo, Group, Prompt, Rollout, Row, Segment, Source, TokenBatch
+from posttrain.report.explain import settings_that_cannot_act
 from posttrain.rollout.exits import Exits
 from tests.advantage.test_group import group, values
 from tests.test_config import settings
@@ -54,6 +60,15 @@ def test_thoughts_on_many_places_may_be_dealt_into_several_updates(updates: int)
         codes = {int(c): i for i, c in enumerate(dict.fromkeys(filled.group.tolist()))}
         small = filled.replace(group=torch.tensor([codes[int(c)] for c in filled.group]))
         assert bool(weights.any()) and torch.equal(weights, loss.weights(small.replace(totals=loss.totals(small))))
+
+
+def test_a_thought_without_words_behind_it_gains_nothing_whatever_its_group() -> None:
+    loss = compose_loss("rlp")
+    rows = [replace(thought(place, 0), sources=None, group=str(place)) for place in (0, 1)]
+    batch = TokenBatch.from_sequences([replace(r, sources=["prompt"] * 2 + ["policy"] * (len(r.ids) - 2)) for r in rows], dtype=torch.float64)
+    logp = -torch.ones(batch.num_tokens, dtype=torch.float64)
+    filled = batch.take([1]).with_logps(**{name: logp[batch.columns_of([1])] for name in ("current", "old", "base")})
+    assert not bool(loss.weights(filled.replace(totals=loss.totals(filled))).any())
 
 
 def released_credit(bundle: Sequence[Sequence[float]], low: float, high: float, a: float = 0.2, b: float = 0.8, w: float = 1.5) -> list[list[float]]:
@@ -152,3 +167,65 @@ def test_a_term_around_another_asks_for_what_that_one_needs(around: str) -> None
     gain = "{_target_: posttrain.contrib.information.InformationGain, center: none}"
     needs = compose_loss("grpo", [f"streams.rollouts.advantage={{_target_: posttrain.loss.advantage.{around}, inner: {gain}}}"]).needs
     assert (needs.contexts, needs.coupling) == (frozenset({"without_thought"}), "batch")
+
+
+REPLAY = {"rollout__kind": "replay", "data__kind": "demos", "advantage": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixture__gate": BestWorst()}, "BestWorst makes pairs of the sampled answers, and loss 'grpo' learns from none, it would imitate both sides"),
+        ({"loss": "a3t", "mixture__gate": InTurn({"pairs": BestWorst()})}, "BestWorst makes pairs of the sampled answers, and loss 'a3t' learns from none"),
+        ({"mixture__gate": OutcomeTag("good", "bad")}, "OutcomeTag turns sampled answers into given ones, and loss 'grpo' learns from none"),
+        ({"mixture__gate": Add(), "data__demos": {}}, "Add brings demonstrations, and loss 'grpo' learns from none: choose loss=sft_plus_rl"),
+        ({"loss": "luffy"}, r"loss 'luffy' has the stream 'demos' for given answers, and nothing brings any.*loss\.streams\.demos=null"),
+        ({"loss": "uft"}, r"loss 'uft' has the stream 'hints' for given beginnings of answers, and nothing brings any: choose rollout=prefix"),
+        ({"loss": "rlp"}, "reads what a text says behind every thought, and nothing puts it there: choose mixture=before_text"),
+        ({"mixture__gate": BeforeText()}, "this loss does not read them: choose loss=rlp"),
+        ({"loss": "sft", **REPLAY, "data__loss_on": "environment"}, "loss 'sft' learns from no such tokens: choose loss=world_model"),
+        ({"loss": "world_model", **REPLAY}, r"data\.loss_on=assistant marks none of it: set data\.loss_on=environment"),
+    ],
+)
+def test_a_mixture_that_a_loss_does_not_learn_from_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Each of these ran to its end; pairs under a loss without any were both imitated, the others taught nothing, in whole or in part."""
+    with pytest.raises(ConfigError, match=message):
+        check(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "luffy", "mixture__gate": Inject(GroupAdvantage())},
+        {"mixture__gate": Inject(GroupAdvantage())},
+        {"loss": "chord_mu", "mixture__gate": InTurn({"add": Add(), "off": None})},
+        {"loss": ("luffy", ("streams.demos=null",))},
+        {"loss": ("sft_plus_rl", ("streams.demos.coef=0.0",))},
+        {"loss": "leti", "mixture__gate": OutcomeTag("good", "bad")},
+        {"loss": "rlp", "mixture__gate": BeforeText()},
+        {"loss": "world_model", **REPLAY, "data__loss_on": "environment"},
+        {"loss": "sft", **REPLAY},
+    ],
+)
+def test_a_mixture_that_a_loss_learns_from_passes(changes: dict[str, Any]) -> None:
+    check(settings(**changes))
+
+
+@pytest.mark.parametrize("loss", ["nash_md_mixture", "on_policy_distillation", "cgpo"])
+def test_what_explain_advises_for_an_advantage_nobody_reads_is_accepted(loss: str) -> None:
+    """advantage=none was advised, an error under strict=true, and refused for sampled answers."""
+    objective = compose_loss(loss)
+    (line,) = settings_that_cannot_act(objective, GroupAdvantage(), group_size=8)
+    assert line.startswith("advantage: no stream of this loss reads the advantage column; set advantage=constant")
+    for advised in (Constant(), Reward()):
+        assert settings_that_cannot_act(objective, advised, group_size=8) == []
+        check(settings(loss=loss, advantage=advised, model__teacher="somewhere"))
+    (line,) = settings_that_cannot_act(compose_loss("online_dpo"), GroupAdvantage(), group_size=8)
+    assert line.endswith("set advantage=none")
+    check(settings(loss="online_dpo", advantage=None, mixture__gate=BestWorst()))
+
+
+def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["posttrain", "--version"])
+    runpy.run_module("posttrain", run_name="__main__")
+    assert capsys.readouterr().out.startswith("posttrain ")
