@@ -453,6 +453,12 @@ def make_learner(config: RunConfig, total_steps: int, ray_options: dict[str, Any
     )
 
 
+def policy_steps(config: RunConfig) -> int:
+    """Optimizer steps of the policy, over which its learning rate falls: none while a critic learns alone."""
+    alone = config.critic.warmup_batches if config.critic is not None else 0
+    return (config.steps - alone) * config.learner.updates_per_batch
+
+
 def make_critic(config: RunConfig) -> Any:
     """The critic's ranks, not started yet, or None when the run has no critic."""
     from posttrain.learner.actor import LearnerGroup
@@ -521,7 +527,7 @@ async def open_stage(
     judges = make_judges(config) if pool else {}
     rewards = make_rewards(config, pool, tokenizer, judges)
     asked = [engines for engines, _ in judges.values()]
-    learner = make_learner(config, config.steps * config.learner.updates_per_batch)
+    learner = make_learner(config, policy_steps(config))
     critic = make_critic(config)
     closing = [stage.close for stage in (learner, critic, pool, rewards, *asked) if stage is not None]
     try:

@@ -185,6 +185,12 @@ def _check_mixture(config: RunConfig, require: Require) -> None:
         f"mixture.gate={''.join(joining[:1])} brings demonstrations, and loss {name!r} learns from none: choose loss=sft_plus_rl or another one with a stream of source "
         "[demo], or mixture=none",
     )
+    apart = [type(g).__name__ for g in gates if getattr(g, "separate_step", False)]
+    require(
+        not apart or config.learner.schedule == "constant",
+        f"learner.schedule={config.learner.schedule} falls over the batches' own optimizer steps, and mixture.gate={''.join(apart[:1])} takes more of them, so the rate "
+        "would be at its end before the run is: set learner.schedule=constant",
+    )
     if sampled:
         wanting = [n for n, s in by_itself.items() if set(s.source) == {"demo"} and _counts(s)]
         require(

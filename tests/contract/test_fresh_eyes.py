@@ -16,11 +16,13 @@ import torch
 from posttrain.advantage import Among, BatchWhiten, Chain, Constant, Extremes, GroupAdvantage, PerReward, Placed, Reward, RunningBaseline
 from posttrain.advantage.exits import Progress, Serial
 from posttrain.advantage.shape import TailRisk
+from posttrain.build import policy_steps
 from posttrain.checks import check
 from posttrain.cli import compose_loss
-from posttrain.config import ConfigError
+from posttrain.config import ConfigError, CriticConfig
 from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer
+from posttrain.mixture.buffer import Buffer
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import Add, Inject, InTurn, as_rollout
 from posttrain.mixture.pairs import BestWorst
@@ -229,3 +231,14 @@ def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["posttrain", "--version"])
     runpy.run_module("posttrain", run_name="__main__")
     assert capsys.readouterr().out.startswith("posttrain ")
+
+
+def test_a_falling_rate_ends_with_the_run() -> None:
+    """Batches in which a critic learns alone were counted as the policy's, and steps that a gate takes beside the others were not."""
+    critic = CriticConfig(loss=compose_loss("value"), warmup_batches=20)
+    config = settings(loss="ppo_gae", critic=critic, steps=100, learner__updates_per_batch=2)
+    check(config)
+    assert policy_steps(config) == 160 and policy_steps(settings(steps=100)) == 100
+    check(settings(loss="relift", mixture__gate=Buffer()))
+    with pytest.raises(ConfigError, match=r"learner\.schedule=cosine falls over .* mixture\.gate=Buffer takes more of them.*set learner\.schedule=constant"):
+        check(settings(loss="relift", mixture__gate=InTurn({"buffer": Buffer()}), learner__schedule="cosine"))
