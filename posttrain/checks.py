@@ -130,6 +130,13 @@ def _check_sampled(config: RunConfig, sources: set[str], require: Require) -> No
     prefixed, continued = (getattr(rollout.strategy, name, False) for name in ("needs_demos", "continues"))
     forcing = hasattr(rollout.strategy, "forced_tokens")
     require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
+    adding = any(getattr(s, "adds_greedy", False) for s in inside(rollout.strategy))
+    reading = any(getattr(a, "needs_greedy", False) for a in estimators(config.advantage))
+    require(adding or not reading, "advantage GreedyBaseline compares with a greedy answer, and nobody adds one: choose rollout=greedy_baseline")
+    require(
+        reading or not adding or config.advantage is None,
+        f"rollout.strategy adds a greedy answer to every group, which advantage {type(config.advantage).__name__} takes for a sample: choose advantage=greedy, or rollout=vllm",
+    )
     leaving = [type(a).__name__ for a in estimators(config.advantage) if getattr(a, "needs_exits", False)]
     require(forcing or not leaving, f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks")
     require(
@@ -218,6 +225,11 @@ def _check_mixture(config: RunConfig, require: Require) -> None:
             marked or any(set(s.source) != {"tool"} for s in by_itself.values()) or not by_itself,
             f"loss {name!r} learns what an environment answered, and data.loss_on={data.loss_on} marks none of it: set data.loss_on=environment",
         )
+
+
+def inside(strategy: Any) -> list[Any]:
+    """A strategy and those it stands around."""
+    return [] if strategy is None else [strategy, *inside(getattr(strategy, "inner", None))]
 
 
 def parts_of(gate: Any) -> list[Any]:

@@ -138,12 +138,24 @@ def names(config: RunConfig) -> None:
             (reward.combine or Sum(reward.weights)).check(reward.fn)
         except ValueError as error:
             raise ConfigError(f"reward.weights: {error}") from error
-    metric = config.eval.metric
-    if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
-        raise ConfigError(f"eval.metric={metric}: the rewards are {', '.join(reward.fn)}; null takes them combined")
+    for key, metric in _metrics(config).items():
+        if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
+            advice = "null takes them combined" if key == "eval.metric" else "reward takes them combined"
+            raise ConfigError(f"{key}={metric}: the rewards are {', '.join(reward.fn)}; {advice}")
     asked = {"mixture.gate": getattr(config.mixture.gate, "uses_demos", False), "rollout.strategy": getattr(config.rollout.strategy, "needs_demos", False)}
     for key in (key for key, asks in asked.items() if asks and config.data.demos is None):
         raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
+
+
+def _metrics(config: RunConfig) -> dict[str, str | None]:
+    """Settings that name a reward, beside the weights."""
+    found: dict[str, str | None] = {"eval.metric": config.eval.metric}
+    if config.rollout.kind == "vllm":
+        gates = getattr(config.mixture.gate, "gates", None)
+        for key, part in {"mixture.gate": config.mixture.gate, **{f"mixture.gate.gates.{name}": gate for name, gate in (gates or {}).items()}}.items():
+            found |= {f"{key}.metric": getattr(part, "metric", None), f"{key}.success.metric": getattr(getattr(part, "success", None), "metric", None)}
+        found["rollout.strategy.metric"] = getattr(config.rollout.strategy, "metric", None)
+    return found
 
 
 def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:

@@ -61,6 +61,8 @@ class GreedyBaseline:
     Wrong when: the greedy answer is of older weights than the samples; or it is always right, or always wrong: every sample is then pushed one way.
     """
 
+    needs_greedy = True
+
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         return [self._one(group) for group in groups]
 

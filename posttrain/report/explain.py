@@ -235,6 +235,10 @@ def idle_settings(config: RunConfig) -> list[str]:
     needs = config.loss.needs
     if config.model.teacher is not None and not any("teacher" in name for name in needs.references | needs.columns):
         lines.append("model.teacher: nothing in this loss compares with a teacher; set model.teacher=null")
+    if config.model.base is not None and not any("base" in name for name in needs.references | needs.columns):
+        lines.append("model.base: nothing in this loss compares with a base; set model.base=null")
+    if learner.base_mix != 1 and not learner.base_every:
+        lines.append(f"learner.base_mix={learner.base_mix:g}: learner.base_every=0 never moves the base; set learner.base_every")
     if config.model.path is not None and config.model.tiny is not None:
         lines.append("model.tiny: model.path is set, so nothing is created on the spot")
     return lines

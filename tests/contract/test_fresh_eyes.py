@@ -13,24 +13,39 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.advantage import Among, BatchWhiten, Chain, Constant, Extremes, GroupAdvantage, PerReward, Placed, Reward, RunningBaseline
+from posttrain.advantage import (
+    Among,
+    BatchWhiten,
+    Chain,
+    Constant,
+    Extremes,
+    GreedyBaseline,
+    GroupAdvantage,
+    PerReward,
+    Placed,
+    Reward,
+    RunningBaseline,
+)
 from posttrain.advantage.exits import Progress, Serial
 from posttrain.advantage.shape import TailRisk
 from posttrain.build import policy_steps
 from posttrain.checks import check
-from posttrain.cli import compose_loss
+from posttrain.cli import compose_loss, stages_of
 from posttrain.config import ConfigError, CriticConfig
 from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer
 from posttrain.mixture.buffer import Buffer
 from posttrain.mixture.demos import Demos
-from posttrain.mixture.gate import Add, Inject, InTurn, as_rollout
+from posttrain.mixture.gate import Add, Inject, InTurn, Success, Unsolved, as_rollout
 from posttrain.mixture.pairs import BestWorst
 from posttrain.mixture.tagged import OutcomeTag
 from posttrain.mixture.thoughts import BeforeText
+from posttrain.preflight import names
 from posttrain.records import Demo, Group, Prompt, Rollout, Row, Segment, Source, TokenBatch
-from posttrain.report.explain import settings_that_cannot_act
+from posttrain.report.explain import idle_settings, settings_that_cannot_act
 from posttrain.rollout.exits import Exits
+from posttrain.rollout.strategy import Dynamic, WithGreedy
+from posttrain.words import Words
 from tests.advantage.test_group import group, values
 from tests.test_config import settings
 
@@ -242,3 +257,39 @@ def test_a_falling_rate_ends_with_the_run() -> None:
     check(settings(loss="relift", mixture__gate=Buffer()))
     with pytest.raises(ConfigError, match=r"learner\.schedule=cosine falls over .* mixture\.gate=Buffer takes more of them.*set learner\.schedule=constant"):
         check(settings(loss="relift", mixture__gate=InTurn({"buffer": Buffer()}), learner__schedule="cosine"))
+
+
+def test_a_greedy_answer_is_added_where_and_only_where_it_is_the_baseline() -> None:
+    """Under another estimator it was a sample of its group like the others, and learnt from."""
+    check(settings(rollout__strategy=WithGreedy(), advantage=GreedyBaseline()))
+    with pytest.raises(ConfigError, match=r"adds a greedy answer to every group, which advantage GroupAdvantage takes for a sample: choose advantage=greedy"):
+        check(settings(rollout__strategy=Exits(inner=WithGreedy()), advantage=GroupAdvantage()))
+    with pytest.raises(ConfigError, match=r"nobody adds one: choose rollout=greedy_baseline"):
+        check(settings(advantage=Chain({"greedy": GreedyBaseline()})))
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("mixture.gate.success.metric", {"mixture__gate": Unsolved(success=Success("nope"))}),
+        ("mixture.gate.gates.one.metric", {"mixture__gate": InTurn({"off": None, "one": BestWorst("nope")})}),
+        ("rollout.strategy.metric", {"rollout__strategy": Dynamic(metric="nope")}),
+    ],
+)
+def test_a_score_that_no_reward_gives_is_refused(key: str, changes: dict[str, Any]) -> None:
+    """A gate that looked for it found every prompt unjudged, and let in nothing."""
+    with pytest.raises(ConfigError, match=rf"{key}=nope: the rewards are r; reward takes them combined"):
+        names(settings(data__demos={}, **changes))
+    names(settings(data__demos={}, mixture__gate=InTurn({"one": Unsolved(success=Success("r/part"))})))
+
+
+def test_routes_of_rewards_can_be_said_on_the_command_line() -> None:
+    words = ["model=tiny", "data.train.path=x.jsonl", "reward=math", "loss=grpo", "rollout=vllm", "advantage=group_norm"]
+    for said in ("reward.routes.sums=[answer]", "reward.routes={sums: [answer]}"):
+        ((config, _),) = stages_of(Words([*words, said])).values()
+        assert config.reward.routes == {"sums": ["answer"]}
+
+
+def test_a_base_that_nothing_compares_with_or_that_never_moves_is_named() -> None:
+    assert idle_settings(settings(loss="dpo", model__base="there")) == []
+    assert [line.split(":")[0] for line in idle_settings(settings(loss="reinforce", model__base="there", learner__base_mix=0.5))] == ["model.base", "learner.base_mix=0.5"]
