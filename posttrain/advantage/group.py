@@ -236,18 +236,19 @@ class Around:
 class Chain:
     """Estimators one after the other, in the order of the map: group-centred, then whitened over the batch, for instance.
 
-    One that gives every token a number of its own stands last, or before those that only leave answers out: raises ``ValueError`` where an answer's number
-    would be changed behind it, which no token would see.
+    One that gives every token a number of its own stands last, or before those that only leave answers out; those that leave some out stand last of all.  Raises
+    ``ValueError`` where an answer's number would be changed behind the first, which no token would see, or given again to what the others left out.
     """
 
     steps: Mapping[str, Estimator | None]
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         out = list(groups)
-        for name, step in self.steps.items():
-            if step is not None:
-                before, out = out, step(out)
+        for place, (name, step) in enumerate((n, s) for n, s in self.steps.items() if s is not None):
+            before, out = out, step(out)
+            if place:  # the first may be asked anew about groups that have been estimated
                 _unseen(name, before, out)
+                _again(name, before, out)
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,6 +272,17 @@ def _unseen(name: str, before: Sequence[Group], after: Sequence[Group]) -> None:
                 f"advantage.steps.{name} gives sample {rollout.sample_id!r} one number, and the step before has given its tokens numbers of their own, which would "
                 f"stand; put {name} first, or leave it out"
             )
+
+
+def _again(name: str, before: Sequence[Group], after: Sequence[Group]) -> None:
+    """Raise where a step gives a number to an answer that the one before left out.  Where nothing has a number yet, nothing was left out."""
+    if all(r.advantage is None for g in before for r in g.rollouts):
+        return
+    for old, new in zip(before, after, strict=False):
+        left_out = {r.sample_id for r in old.rollouts if r.advantage is None and r.reward is not None}
+        back = [r.sample_id for r in new.rollouts if r.sample_id in left_out and r.advantage is not None]
+        if back:
+            raise ValueError(f"advantage.steps.{name} gives sample {back[0]!r} a number, which the step before has left out: put {name} first")
 
 
 def statistics(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:

@@ -293,3 +293,14 @@ def test_routes_of_rewards_can_be_said_on_the_command_line() -> None:
 def test_a_base_that_nothing_compares_with_or_that_never_moves_is_named() -> None:
     assert idle_settings(settings(loss="dpo", model__base="there")) == []
     assert [line.split(":")[0] for line in idle_settings(settings(loss="reinforce", model__base="there", learner__base_mix=0.5))] == ["model.base", "learner.base_mix=0.5"]
+
+
+def test_an_answer_that_was_left_out_stays_out() -> None:
+    """Whitened behind it, the greedy answer of a group was learnt from, with its reward for an advantage."""
+    made = group(1.0, 0.0, 0.5)
+    greedy = replace(made.rollouts[2], sampling=replace(made.rollouts[2].sampling, temperature=0.0))
+    held = replace(made, rollouts=(*made.rollouts[:2], greedy))
+    assert values(Chain({"greedy": GreedyBaseline()}), held) == [0.5, -0.5, None]
+    with pytest.raises(ValueError, match=r"advantage\.steps\.white gives sample '\S+' a number, which the step before has left out: put white first"):
+        Chain({"greedy": GreedyBaseline(), "white": BatchWhiten()})([held])
+    assert values(Chain({"white": BatchWhiten(over="sequences"), "best": Extremes(best=1, worst=0)}), made)[1:] == [None, None]
