@@ -135,10 +135,14 @@ def _check_sampled(config: RunConfig, sources: set[str], require: Require) -> No
     require(adding or not reading, "advantage GreedyBaseline compares with a greedy answer, and nobody adds one: choose rollout=greedy_baseline")
     require(
         reading or not adding or config.advantage is None,
-        f"rollout.strategy adds a greedy answer to every group, which advantage {type(config.advantage).__name__} takes for a sample: choose advantage=greedy, or rollout=vllm",
+        f"rollout.strategy adds a greedy answer to every group, which advantage {type(config.advantage).__name__} takes for a sample: choose "
+        "advantage=greedy, or rollout=vllm",
     )
     leaving = [type(a).__name__ for a in estimators(config.advantage) if getattr(a, "needs_exits", False)]
-    require(forcing or not leaving, f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks")
+    require(
+        forcing or not leaving,
+        f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
+    )
     require(
         continued or not getattr(config.mixture.gate, "needs_continuations", False),
         f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "
@@ -176,50 +180,60 @@ def _check_mixture(config: RunConfig, require: Require) -> None:
     sampled = config.rollout.kind == "vllm"
     require(
         not (sampled and pairing) or any(s.paired for s in streams.values()),
-        f"mixture.gate={''.join(pairing[:1])} makes pairs of the sampled answers, and loss {name!r} learns from none, it would imitate both sides or neither: choose "
-        "loss=online_dpo or another one of pairs, or mixture=none",
+        f"mixture.gate={''.join(pairing[:1])} makes pairs of the sampled answers, and loss {name!r} learns from none, it would imitate both sides or "
+        "neither: choose loss=online_dpo or another one of pairs, or mixture=none",
     )
     by_itself = {n: s for n, s in streams.items() if s.paired is not True}
     given = any("demo" in s.source for s in by_itself.values())
     require(
         given or not rewriting,
-        f"mixture.gate={''.join(rewriting[:1])} turns sampled answers into given ones, and loss {name!r} learns from none: choose loss=leti or loss=rltf, or mixture=none",
+        f"mixture.gate={''.join(rewriting[:1])} turns sampled answers into given ones, and loss {name!r} learns from none: choose loss=leti or "
+        "loss=rltf, or mixture=none",
     )
-    joining = [type(g).__name__ for g in gates if getattr(g, "uses_demos", False) and not getattr(g, "makes_pairs", False) and not hasattr(g, "advantage")]
+    apart_from_pairs = [g for g in gates if getattr(g, "uses_demos", False) and not getattr(g, "makes_pairs", False)]
+    joining = [type(g).__name__ for g in apart_from_pairs if not hasattr(g, "advantage")]  # those with an estimator act through the baseline too
     observed = any("tool" in s.source for s in by_itself.values())
     require(
         given or observed or not joining,
-        f"mixture.gate={''.join(joining[:1])} brings demonstrations, and loss {name!r} learns from none: choose loss=sft_plus_rl or another one with a stream of source "
-        "[demo], or mixture=none",
+        f"mixture.gate={''.join(joining[:1])} brings demonstrations, and loss {name!r} learns from none: choose loss=sft_plus_rl or another one "
+        "with a stream of source [demo], or mixture=none",
     )
     apart = [type(g).__name__ for g in gates if getattr(g, "separate_step", False)]
     require(
         not apart or config.learner.schedule == "constant",
-        f"learner.schedule={config.learner.schedule} falls over the batches' own optimizer steps, and mixture.gate={''.join(apart[:1])} takes more of them, so the rate "
-        "would be at its end before the run is: set learner.schedule=constant",
+        f"learner.schedule={config.learner.schedule} falls over the batches' own optimizer steps, and mixture.gate={''.join(apart[:1])} takes "
+        "more of them, so the rate would be at its end before the run is: set learner.schedule=constant",
     )
     if sampled:
         wanting = [n for n, s in by_itself.items() if set(s.source) == {"demo"} and _counts(s)]
         require(
             not wanting or bool(bringing or rewriting),
-            f"loss {name!r} has the stream {''.join(wanting[:1])!r} for given answers, and nothing brings any: choose mixture=NAME (add, luffy, hpt, ...), or set "
-            f"loss.streams.{''.join(wanting[:1])}=null",
+            f"loss {name!r} has the stream {''.join(wanting[:1])!r} for given answers, and nothing brings any: choose mixture=NAME (add, luffy, "
+            f"hpt, ...), or set loss.streams.{''.join(wanting[:1])}=null",
         )
         begun = [n for n, s in by_itself.items() if set(s.source) == {"prefix"} and _counts(s)]
         played = config.rollout.environment is not None or getattr(config.rollout.strategy, "needs_demos", False)
         require(
             not begun or played,
-            f"loss {name!r} has the stream {''.join(begun[:1])!r} for given beginnings of answers, and nothing brings any: choose rollout=prefix or rollout=hint, or set "
-            f"loss.streams.{''.join(begun[:1])}=null",
+            f"loss {name!r} has the stream {''.join(begun[:1])!r} for given beginnings of answers, and nothing brings any: choose rollout=prefix or "
+            f"rollout=hint, or set loss.streams.{''.join(begun[:1])}=null",
         )
         reads = "without_thought" in loss.needs.contexts
-        require(not reads or bool(thinking), f"loss {name!r} reads what a text says behind every thought, and nothing puts it there: choose mixture=before_text")
-        require(reads or not thinking, "mixture=before_text puts the next words of a text behind every thought, and this loss does not read them: choose loss=rlp, or mixture=none")
+        require(
+            not reads or bool(thinking),
+            f"loss {name!r} reads what a text says behind every thought, and nothing puts it there: choose mixture=before_text",
+        )
+        require(
+            reads or not thinking,
+            "mixture=before_text puts the next words of a text behind every thought, and this loss does not read them: choose loss=rlp, or "
+            "mixture=none",
+        )
     if data.kind == "demos" and not sampled:
         marked = data.loss_on == "environment"
         require(
             observed or not marked,
-            f"data.loss_on=environment marks what the environment answered, and loss {name!r} learns from no such tokens: choose loss=world_model, or data.loss_on=assistant",
+            f"data.loss_on=environment marks what the environment answered, and loss {name!r} learns from no such tokens: choose "
+            "loss=world_model, or data.loss_on=assistant",
         )
         require(
             marked or any(set(s.source) != {"tool"} for s in by_itself.values()) or not by_itself,

@@ -151,9 +151,11 @@ def _metrics(config: RunConfig) -> dict[str, str | None]:
     """Settings that name a reward, beside the weights."""
     found: dict[str, str | None] = {"eval.metric": config.eval.metric}
     if config.rollout.kind == "vllm":
-        gates = getattr(config.mixture.gate, "gates", None)
-        for key, part in {"mixture.gate": config.mixture.gate, **{f"mixture.gate.gates.{name}": gate for name, gate in (gates or {}).items()}}.items():
-            found |= {f"{key}.metric": getattr(part, "metric", None), f"{key}.success.metric": getattr(getattr(part, "success", None), "metric", None)}
+        gates = {"mixture.gate": config.mixture.gate}
+        gates |= {f"mixture.gate.gates.{name}": gate for name, gate in getattr(config.mixture.gate, "gates", {}).items()}
+        for key, gate in gates.items():
+            for path, part in ((key, gate), (f"{key}.success", getattr(gate, "success", None))):
+                found[f"{path}.metric"] = getattr(part, "metric", None)
         found["rollout.strategy.metric"] = getattr(config.rollout.strategy, "metric", None)
     return found
 

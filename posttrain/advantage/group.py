@@ -236,8 +236,9 @@ class Around:
 class Chain:
     """Estimators one after the other, in the order of the map: group-centred, then whitened over the batch, for instance.
 
-    One that gives every token a number of its own stands last, or before those that only leave answers out; those that leave some out stand last of all.  Raises
-    ``ValueError`` where an answer's number would be changed behind the first, which no token would see, or given again to what the others left out.
+    One that gives every token a number of its own stands last, or before those that only leave answers out; those that leave some out stand last of
+    all.  Raises ``ValueError`` where an answer's number would be changed behind the first, which no token would see, or given again to what the
+    others left out.
     """
 
     steps: Mapping[str, Estimator | None]
@@ -269,8 +270,8 @@ def _unseen(name: str, before: Sequence[Group], after: Sequence[Group]) -> None:
             if was is None or rollout.paid is not was.paid or rollout.advantage in (None, was.advantage):
                 continue
             raise ValueError(
-                f"advantage.steps.{name} gives sample {rollout.sample_id!r} one number, and the step before has given its tokens numbers of their own, which would "
-                f"stand; put {name} first, or leave it out"
+                f"advantage.steps.{name} gives sample {rollout.sample_id!r} one number, and the step before has given its tokens numbers of "
+                f"their own, which would stand; put {name} first, or leave it out"
             )
 
 

@@ -142,8 +142,8 @@ class TailRisk:
 
     Equation: with ``s`` the bundle's summed reward per sample: ``A(s) = (w CVaR + RVaR)/(w + 1)``, ``CVaR = -(q_a - s)+ / a``,
     ``RVaR = ((s - q_a)+ - (s - q_b)+ + q_a - q_b)/(b - a)``; a question gets ``A(s)`` over the bundle's deviation and its own.
-    Source: RiskPO, arXiv 2510.00911; deviations of samples (``ddof`` 1), counted as 1 up to 1e-3, as in its release (there the bundle's has a small number
-    added instead); how quantiles are tracked is our reading.
+    Source: RiskPO, arXiv 2510.00911; deviations of samples (``ddof`` 1), counted as 1 up to 1e-3, as in its release (there the bundle's has a small
+    number added instead); how quantiles are tracked is our reading.
 
     ``bundle``: questions per bundle, in the order of the step; what fills none, or has another number of samples, gets no advantage.  ``a``, ``b``: the quantile levels.  ``w``: weight of
     the tail.  ``rate``: of the quantile tracker ``q <- q + rate (level - [s < q])``.  ``quantiles``: where they stand, the state a checkpoint keeps.

@@ -138,7 +138,8 @@ class MarginalShare:
     Source: learning from self-sampled correct and partially-correct programs, arXiv 2205.14318.
 
     ``beta``: 1 is the marginal likelihood, towards 0 every answer counts alike; above 0.  ``length_norm``: ``s_k`` is the mean over the answer's tokens instead of their
-    sum, and so is its derivative: for ``aggregate.GroupSumTokenMean``; without it for ``aggregate.GroupSum``.  A sequence without a group is alone; one that nothing is learnt from has no share.
+    sum, and so is its derivative: for ``aggregate.GroupSumTokenMean``; without it for ``aggregate.GroupSum``.  A sequence without a group is alone;
+    one that nothing is learnt from has no share.
 
     Wrong when: answers are long and ``beta`` is near 1: the most probable one takes everything (watch ``effective_answers``).
     """

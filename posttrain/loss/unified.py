@@ -214,12 +214,18 @@ class Objective:
             kinds = [type(t).__name__ for t in terms if declared(t, "remembers")]
             twice = [kind for kind in kinds if kinds.count(kind) > 1]
             if twice:
-                raise ValueError(f"stream {name!r} has {twice[0]} more than once, and what they remember would be one: give them streams of their own, or leave one out")
+                raise ValueError(
+                    f"stream {name!r} has {twice[0]} more than once, and what they remember would be one: give them streams of their own, or "
+                    "leave one out"
+                )
         for term in self._all_terms:
             inner = [getattr(term, f.name) for f in fields(term)] if is_dataclass(term) else []
             hidden = [type(t).__name__ for t in inner if is_dataclass(t) and declared(t, "remembers")]
             if hidden and not declared(term, "remembers"):
-                raise ValueError(f"{type(term).__name__} holds {hidden[0]}, which remembers, and does not hand it on: its memory would never move; let it stand by itself")
+                raise ValueError(
+                    f"{type(term).__name__} holds {hidden[0]}, which remembers, and does not hand it on: its memory would never move; let it stand "
+                    "by itself"
+                )
 
     def _check_own_input(self) -> None:
         """Other log-probs than those of the pass that is differentiated hold where the given tokens are read."""

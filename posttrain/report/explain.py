@@ -199,7 +199,9 @@ def settings_that_cannot_act(
         if not needed:
             lines.append("advantage: no stream of this loss reads the advantage column; set advantage=none")
         elif not isinstance(advantage, (Constant, Reward)):
-            lines.append("advantage: no stream of this loss reads the advantage column; set advantage=constant, or reward to leave out answers without one")
+            lines.append(
+                "advantage: no stream of this loss reads the advantage column; set advantage=constant, or reward to leave out answers without one"
+            )
     if advantage is not None and reads and run.group_size is not None:
         lines += _idle_in_advantage(advantage, run.group_size)
     return lines
