@@ -110,16 +110,20 @@ class DataSet:
     records: Sequence[Any]
     sampler: Sampler
     per_step: int
+    advantage: Any = None
 
     async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
         return [self.records[i] for i in self.sampler.next(self.per_step)], {}
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict()}
+        own = {"advantage": self.advantage.state_dict()} if hasattr(self.advantage, "state_dict") else {}
+        return {"sampler": self.sampler.state_dict(), **own}
 
     def load(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
+        if state.get("advantage") and hasattr(self.advantage, "load_state_dict"):
+            self.advantage.load_state_dict(state["advantage"])
 
 
 @dataclass
@@ -538,7 +542,7 @@ async def open_stage(
                 await learner.load(str(found[1] / "learner"))
                 if critic is not None:
                     await critic.load(str(found[1] / "critic"))
-        rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
+        rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step, estimator_of(config))
         if config.rollout.kind == "vllm":
             from posttrain.rollout.strategy import Fixed
 
@@ -586,7 +590,7 @@ async def open_stage(
             steps=config.steps,
             start=start,
             rollout=rollout,
-            advantage=(config.advantage or _as_is) if config.rollout.kind == "vllm" else _as_is,
+            advantage=estimator_of(config) or _as_is,
             gate=gate,
             learner=learn,
             publish=publish,
@@ -628,6 +632,11 @@ def _tolerance(config: RunConfig) -> float:
     if config.check.mismatch is not None:
         return config.check.mismatch
     return max(TOLERANCE[config.model.dtype], TOLERANCE[config.rollout.dtype or config.model.dtype])
+
+
+def estimator_of(config: RunConfig) -> Any:
+    """The advantage, where rewards are there to be compared: of sampled answers and of scored lists."""
+    return config.advantage if config.rollout.kind == "vllm" or config.data.kind == "lists" else None
 
 
 def _as_is(items: list[Any]) -> list[Any]:

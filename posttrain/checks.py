@@ -92,6 +92,7 @@ def check(config: RunConfig) -> None:
         _check_sampled(config, sources, require)
     else:
         _check_given(config, sources, require)
+    _check_estimator(config, require)
     _check_mixture(config, require)
     _check_evaluation(config, require)
 
@@ -130,19 +131,6 @@ def _check_sampled(config: RunConfig, sources: set[str], require: Require) -> No
     prefixed, continued = (getattr(rollout.strategy, name, False) for name in ("needs_demos", "continues"))
     forcing = hasattr(rollout.strategy, "forced_tokens")
     require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
-    adding = any(getattr(s, "adds_greedy", False) for s in inside(rollout.strategy))
-    reading = any(getattr(a, "needs_greedy", False) for a in estimators(config.advantage))
-    require(adding or not reading, "advantage GreedyBaseline compares with a greedy answer, and nobody adds one: choose rollout=greedy_baseline")
-    require(
-        reading or not adding or config.advantage is None,
-        f"rollout.strategy adds a greedy answer to every group, which advantage {type(config.advantage).__name__} takes for a sample: choose "
-        "advantage=greedy, or rollout=vllm",
-    )
-    leaving = [type(a).__name__ for a in estimators(config.advantage) if getattr(a, "needs_exits", False)]
-    require(
-        forcing or not leaving,
-        f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
-    )
     require(
         continued or not getattr(config.mixture.gate, "needs_continuations", False),
         f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "
@@ -168,6 +156,25 @@ def _check_given(config: RunConfig, sources: set[str], require: Require) -> None
     paired = any(s.paired for s in config.loss.streams.values())
     require(not paired or data.kind == "pairs", f"loss {config.loss.name!r} learns from pairs; set data.kind=pairs (it is {data.kind})")
     require(paired or data.kind != "pairs", f"data.kind=pairs needs a preference loss such as dpo; loss {config.loss.name!r} has no paired stream")
+
+
+def _check_estimator(config: RunConfig, require: Require) -> None:
+    """What an advantage compares is sampled."""
+    rollout = config.rollout
+    adding = any(getattr(s, "adds_greedy", False) for s in inside(rollout.strategy))
+    reading = any(getattr(a, "needs_greedy", False) for a in estimators(config.advantage))
+    require(adding or not reading, "advantage GreedyBaseline compares with a greedy answer, and nobody adds one: choose rollout=greedy_baseline")
+    require(
+        reading or not adding or config.advantage is None,
+        f"rollout.strategy adds a greedy answer to every group, which advantage {type(config.advantage).__name__} takes for a sample: choose "
+        "advantage=greedy, or rollout=vllm",
+    )
+    forcing = hasattr(rollout.strategy, "forced_tokens")
+    leaving = [type(a).__name__ for a in estimators(config.advantage) if getattr(a, "needs_exits", False)]
+    require(
+        forcing or not leaving,
+        f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
+    )
 
 
 def _check_mixture(config: RunConfig, require: Require) -> None:

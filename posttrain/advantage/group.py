@@ -198,6 +198,8 @@ class BatchWhiten:
         flat = [(v, n) for vs, ns in zip(values, counts, strict=True) for v, n in zip(vs, ns, strict=True) if n > 0]
         total = sum(n for _, n in flat)
         if not total:
+            if any(s.source == Source.demo for g in groups for r in g.rollouts if r.reward is not None for s in r.segments):
+                raise ValueError("BatchWhiten: over=tokens counts sampled tokens, and these answers are given ones; set advantage.over=sequences")
             return list(groups)
         mean = math.fsum(v * n for v, n in flat) / total
         variance = math.fsum(n * (v - mean) ** 2 for v, n in flat) / (total - self.ddof) if total > self.ddof else 0.0

@@ -217,6 +217,8 @@ def idle_settings(config: RunConfig) -> list[str]:
         lines.append("rollout.strategy: nothing is sampled with rollout=replay; set rollout.strategy=null")
     if not sampled and not evaluated and config.reward.fn:
         lines.append("reward: nothing is sampled and nothing is evaluated; set reward=none, or eval.at_end=true")
+    if not sampled and config.advantage is not None and config.data.kind != "lists":
+        lines.append(f"advantage: rewards are compared of sampled answers and of data.kind=lists, and data.kind is {config.data.kind}; set advantage=none")
     if not config.reward.fn and config.reward.weights:
         lines.append("reward.weights: there is no reward; choose reward=NAME")
     asked = getattr(config.mixture.gate, "uses_demos", False) or getattr(config.rollout.strategy, "needs_demos", False)

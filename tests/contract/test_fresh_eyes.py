@@ -28,12 +28,13 @@ from posttrain.advantage import (
 )
 from posttrain.advantage.exits import Progress, Serial
 from posttrain.advantage.shape import TailRisk
-from posttrain.build import policy_steps
+from posttrain.build import DataSet, estimator_of, policy_steps
 from posttrain.checks import check
 from posttrain.cli import compose_loss, stages_of
 from posttrain.config import ConfigError, CriticConfig
 from posttrain.data.contexts import with_contexts
 from posttrain.data.pack import Packer
+from posttrain.data.sampler import Sampler
 from posttrain.mixture.buffer import Buffer
 from posttrain.mixture.demos import Demos
 from posttrain.mixture.gate import Add, Inject, InTurn, Success, Unsolved, as_rollout
@@ -311,3 +312,32 @@ def test_an_answer_that_was_left_out_stays_out() -> None:
     with pytest.raises(ValueError, match=r"advantage\.steps\.white gives sample '\S+' a number, which the step before has left out: put white first"):
         Chain({"greedy": GreedyBaseline(), "white": BatchWhiten()})([held])
     assert values(Chain({"white": BatchWhiten(over="sequences"), "best": Extremes(best=1, worst=0)}), made)[1:] == [None, None]
+
+
+def test_scored_lists_are_weighed_by_the_advantage_and_other_given_data_say_that_they_are_not() -> None:
+    """advantage=reward advantage.baseline=0.5 of loss=a3t left trajectories of 1 and 0 as they were: those of 0 taught nothing."""
+    lists = {"loss": "a3t", "rollout__kind": "replay", "data__kind": "lists"}
+    base = Reward(baseline=0.5)
+    check(settings(**lists, advantage=base))
+    assert estimator_of(settings(**lists, advantage=base)) is base and estimator_of(settings(advantage=base)) is base
+    assert idle_settings(settings(**lists, advantage=base)) == idle_settings(settings(**lists, advantage=None))
+    with pytest.raises(ConfigError, match="Serial compares exits of a chain"):
+        check(settings(**lists, advantage=Serial()))
+    demos = settings(loss="sft", **{**REPLAY, "advantage": base})
+    assert estimator_of(demos) is None
+    assert any("advantage: rewards are compared of sampled answers and of data.kind=lists" in line for line in idle_settings(demos))
+
+
+def test_what_weighs_scored_lists_remembers_over_a_restart() -> None:
+    moved, fresh = (DataSet([], Sampler([1, 2], 0), 1, RunningBaseline(baselines=start)) for start in ({"default": 0.4}, {}))
+    fresh.load(json.loads(json.dumps(moved.state)))
+    assert fresh.advantage.baselines == {"default": 0.4}
+    DataSet([], Sampler([1, 2], 0), 1).load(DataSet([], Sampler([1, 2], 0), 1).state)
+
+
+def test_given_answers_have_no_sampled_tokens_to_be_whitened_over() -> None:
+    made = answered("a", 1.0, 0.0)
+    given = replace(made, rollouts=tuple(replace(r, segments=(Segment((2, 3), Source.demo),)) for r in made.rollouts))
+    with pytest.raises(ValueError, match=r"over=tokens counts sampled tokens, and these answers are given ones; set advantage\.over=sequences"):
+        BatchWhiten()([given])
+    assert values(BatchWhiten(over="sequences"), given) == pytest.approx([1.0, -1.0])
