@@ -337,7 +337,7 @@ def test_what_weighs_scored_lists_remembers_over_a_restart() -> None:
 
 def test_given_answers_have_no_sampled_tokens_to_be_whitened_over() -> None:
     made = answered("a", 1.0, 0.0)
-    given = replace(made, rollouts=tuple(replace(r, segments=(Segment((2, 3), Source.demo),)) for r in made.rollouts))
+    given = replace(made, rollouts=tuple(replace(r, segments=(Segment((2, 3), Source.demo),), advantage=r.reward) for r in made.rollouts))
     with pytest.raises(ValueError, match=r"over=tokens counts sampled tokens, and these answers are given ones; set advantage\.over=sequences"):
         BatchWhiten()([given])
     assert values(BatchWhiten(over="sequences"), given) == pytest.approx([1.0, -1.0])
