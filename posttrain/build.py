@@ -110,16 +110,20 @@ class DataSet:
     records: Sequence[Any]
     sampler: Sampler
     per_step: int
+    advantage: Any = None
 
     async def collect(self, step: int) -> tuple[list[Any], dict[str, float]]:
         return [self.records[i] for i in self.sampler.next(self.per_step)], {}
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"sampler": self.sampler.state_dict()}
+        own = {"advantage": self.advantage.state_dict()} if hasattr(self.advantage, "state_dict") else {}
+        return {"sampler": self.sampler.state_dict(), **own}
 
     def load(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
+        if state.get("advantage") and hasattr(self.advantage, "load_state_dict"):
+            self.advantage.load_state_dict(state["advantage"])
 
 
 @dataclass
@@ -453,6 +457,12 @@ def make_learner(config: RunConfig, total_steps: int, ray_options: dict[str, Any
     )
 
 
+def policy_steps(config: RunConfig) -> int:
+    """Optimizer steps of the policy, over which its learning rate falls: none while a critic learns alone."""
+    alone = config.critic.warmup_batches if config.critic is not None else 0
+    return (config.steps - alone) * config.learner.updates_per_batch
+
+
 def make_critic(config: RunConfig) -> Any:
     """The critic's ranks, not started yet, or None when the run has no critic."""
     from posttrain.learner.actor import LearnerGroup
@@ -521,7 +531,7 @@ async def open_stage(
     judges = make_judges(config) if pool else {}
     rewards = make_rewards(config, pool, tokenizer, judges)
     asked = [engines for engines, _ in judges.values()]
-    learner = make_learner(config, config.steps * config.learner.updates_per_batch)
+    learner = make_learner(config, policy_steps(config))
     critic = make_critic(config)
     closing = [stage.close for stage in (learner, critic, pool, rewards, *asked) if stage is not None]
     try:
@@ -532,7 +542,7 @@ async def open_stage(
                 await learner.load(str(found[1] / "learner"))
                 if critic is not None:
                     await critic.load(str(found[1] / "critic"))
-        rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step)
+        rollout: Any = DataSet(records, sampler, config.rollout.prompts_per_step, estimator_of(config))
         if config.rollout.kind == "vllm":
             from posttrain.rollout.strategy import Fixed
 
@@ -580,7 +590,7 @@ async def open_stage(
             steps=config.steps,
             start=start,
             rollout=rollout,
-            advantage=(config.advantage or _as_is) if config.rollout.kind == "vllm" else _as_is,
+            advantage=estimator_of(config) or _as_is,
             gate=gate,
             learner=learn,
             publish=publish,
@@ -622,6 +632,11 @@ def _tolerance(config: RunConfig) -> float:
     if config.check.mismatch is not None:
         return config.check.mismatch
     return max(TOLERANCE[config.model.dtype], TOLERANCE[config.rollout.dtype or config.model.dtype])
+
+
+def estimator_of(config: RunConfig) -> Any:
+    """The advantage, where rewards are there to be compared: of sampled answers and of scored lists."""
+    return config.advantage if config.rollout.kind == "vllm" or config.data.kind == "lists" else None
 
 
 def _as_is(items: list[Any]) -> list[Any]:

@@ -92,6 +92,8 @@ def check(config: RunConfig) -> None:
         _check_sampled(config, sources, require)
     else:
         _check_given(config, sources, require)
+    _check_estimator(config, require)
+    _check_mixture(config, require)
     _check_evaluation(config, require)
 
 
@@ -130,10 +132,6 @@ def _check_sampled(config: RunConfig, sources: set[str], require: Require) -> No
     forcing = hasattr(rollout.strategy, "forced_tokens")
     require(not (rollout.environment and forcing), "rollout.environment and a strategy with exits do not go together: set one of them to null")
     require(
-        forcing or not getattr(config.advantage, "needs_exits", False),
-        f"advantage {type(config.advantage).__name__} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
-    )
-    require(
         continued or not getattr(config.mixture.gate, "needs_continuations", False),
         f"mixture.gate={type(config.mixture.gate).__name__} compares the steps of an answer, and nothing is continued from them: choose "
         "rollout=continued",
@@ -158,6 +156,112 @@ def _check_given(config: RunConfig, sources: set[str], require: Require) -> None
     paired = any(s.paired for s in config.loss.streams.values())
     require(not paired or data.kind == "pairs", f"loss {config.loss.name!r} learns from pairs; set data.kind=pairs (it is {data.kind})")
     require(paired or data.kind != "pairs", f"data.kind=pairs needs a preference loss such as dpo; loss {config.loss.name!r} has no paired stream")
+
+
+def _check_estimator(config: RunConfig, require: Require) -> None:
+    """What an advantage compares is sampled."""
+    rollout = config.rollout
+    adding = any(getattr(s, "adds_greedy", False) for s in inside(rollout.strategy))
+    reading = any(getattr(a, "needs_greedy", False) for a in estimators(config.advantage))
+    require(adding or not reading, "advantage GreedyBaseline compares with a greedy answer, and nobody adds one: choose rollout=greedy_baseline")
+    require(
+        reading or not adding or config.advantage is None,
+        f"rollout.strategy adds a greedy answer to every group, which advantage {type(config.advantage).__name__} takes for a sample: choose "
+        "advantage=greedy, or rollout=vllm",
+    )
+    forcing = hasattr(rollout.strategy, "forced_tokens")
+    leaving = [type(a).__name__ for a in estimators(config.advantage) if getattr(a, "needs_exits", False)]
+    require(
+        forcing or not leaving,
+        f"advantage {''.join(leaving[:1])} compares exits of a chain, and nobody leaves one: choose rollout=exits or rollout=blocks",
+    )
+
+
+def _check_mixture(config: RunConfig, require: Require) -> None:
+    """What the mixture makes of a step is learnt from, and what the loss learns from is brought."""
+    loss, name, data = config.loss, config.loss.name, config.data
+    gates, streams = parts_of(config.mixture.gate), loss.streams
+    pairing, rewriting, bringing, thinking = (
+        [type(g).__name__ for g in gates if getattr(g, trait, False)] for trait in ("makes_pairs", "makes_demos", "uses_demos", "adds_text")
+    )
+    sampled = config.rollout.kind == "vllm"
+    require(
+        not (sampled and pairing) or any(s.paired for s in streams.values()),
+        f"mixture.gate={''.join(pairing[:1])} makes pairs of the sampled answers, and loss {name!r} learns from none, it would imitate both sides or "
+        "neither: choose loss=online_dpo or another one of pairs, or mixture=none",
+    )
+    by_itself = {n: s for n, s in streams.items() if s.paired is not True}
+    given = any("demo" in s.source for s in by_itself.values())
+    require(
+        given or not rewriting,
+        f"mixture.gate={''.join(rewriting[:1])} turns sampled answers into given ones, and loss {name!r} learns from none: choose loss=leti or "
+        "loss=rltf, or mixture=none",
+    )
+    apart_from_pairs = [g for g in gates if getattr(g, "uses_demos", False) and not getattr(g, "makes_pairs", False)]
+    joining = [type(g).__name__ for g in apart_from_pairs if not hasattr(g, "advantage")]  # those with an estimator act through the baseline too
+    observed = any("tool" in s.source for s in by_itself.values())
+    require(
+        given or observed or not joining,
+        f"mixture.gate={''.join(joining[:1])} brings demonstrations, and loss {name!r} learns from none: choose loss=sft_plus_rl or another one "
+        "with a stream of source [demo], or mixture=none",
+    )
+    apart = [type(g).__name__ for g in gates if getattr(g, "separate_step", False)]
+    require(
+        not apart or config.learner.schedule == "constant",
+        f"learner.schedule={config.learner.schedule} falls over the batches' own optimizer steps, and mixture.gate={''.join(apart[:1])} takes "
+        "more of them, so the rate would be at its end before the run is: set learner.schedule=constant",
+    )
+    if sampled:
+        wanting = [n for n, s in by_itself.items() if set(s.source) == {"demo"} and _counts(s)]
+        require(
+            not wanting or bool(bringing or rewriting),
+            f"loss {name!r} has the stream {''.join(wanting[:1])!r} for given answers, and nothing brings any: choose mixture=NAME (add, luffy, "
+            f"hpt, ...), or set loss.streams.{''.join(wanting[:1])}=null",
+        )
+        begun = [n for n, s in by_itself.items() if set(s.source) == {"prefix"} and _counts(s)]
+        played = config.rollout.environment is not None or getattr(config.rollout.strategy, "needs_demos", False)
+        require(
+            not begun or played,
+            f"loss {name!r} has the stream {''.join(begun[:1])!r} for given beginnings of answers, and nothing brings any: choose rollout=prefix or "
+            f"rollout=hint, or set loss.streams.{''.join(begun[:1])}=null",
+        )
+        reads = "without_thought" in loss.needs.contexts
+        require(
+            not reads or bool(thinking),
+            f"loss {name!r} reads what a text says behind every thought, and nothing puts it there: choose mixture=before_text",
+        )
+        require(
+            reads or not thinking,
+            "mixture=before_text puts the next words of a text behind every thought, and this loss does not read them: choose loss=rlp, or "
+            "mixture=none",
+        )
+    if data.kind == "demos" and not sampled:
+        marked = data.loss_on == "environment"
+        require(
+            observed or not marked,
+            f"data.loss_on=environment marks what the environment answered, and loss {name!r} learns from no such tokens: choose "
+            "loss=world_model, or data.loss_on=assistant",
+        )
+        require(
+            marked or any(set(s.source) != {"tool"} for s in by_itself.values()) or not by_itself,
+            f"loss {name!r} learns what an environment answered, and data.loss_on={data.loss_on} marks none of it: set data.loss_on=environment",
+        )
+
+
+def inside(strategy: Any) -> list[Any]:
+    """A strategy and those it stands around."""
+    return [] if strategy is None else [strategy, *inside(getattr(strategy, "inner", None))]
+
+
+def parts_of(gate: Any) -> list[Any]:
+    """A gate, or the gates that act in turn."""
+    inner = getattr(gate, "gates", None)
+    return [gate] if inner is None else [part for g in inner.values() if g is not None for part in parts_of(g)]
+
+
+def _counts(stream: Any) -> bool:
+    """Whether a stream is switched on."""
+    return callable(stream.coef) or stream.coef != 0
 
 
 def _check_evaluation(config: RunConfig, require: Require) -> None:
@@ -221,7 +325,7 @@ def _check_places(config: RunConfig, require: Require) -> None:
     from posttrain.advantage import Placed
     from posttrain.update import returns_of
 
-    placed, name = isinstance(config.advantage, Placed), config.loss.name
+    placed, name = any(isinstance(a, Placed) for a in estimators(config.advantage)), config.loss.name
     terms = [term for stream in config.loss.streams.values() if (term := returns_of(stream.advantage)) is not None]
     each = any(term.rewards == "each" and term.earned is None for term in terms)
     require(each or not placed, f"advantage=placed hands on a reward for every token, and loss {name!r} does not add them up; choose loss=fine_grained, or another advantage")
@@ -235,6 +339,12 @@ def _imitates(stream: Any) -> bool:
     """Whether a stream's tokens are learnt alike, whoever sampled them: then the temperature they were drawn at is free."""
     terms = (stream.reference, *stream.masks.values())
     return bool(getattr(stream.advantage, "constant", False)) and not any({"old", "behaviour"} & set(getattr(t, "needs", ())) for t in terms)
+
+
+def estimators(advantage: Any) -> list[Any]:
+    """An advantage and everything it is made of."""
+    parts = [*getattr(advantage, "steps", {}).values(), getattr(advantage, "inner", None)]
+    return [advantage, *(found for part in parts if part is not None for found in estimators(part))]
 
 
 def needs_group(advantage: Any) -> bool:

@@ -138,12 +138,26 @@ def names(config: RunConfig) -> None:
             (reward.combine or Sum(reward.weights)).check(reward.fn)
         except ValueError as error:
             raise ConfigError(f"reward.weights: {error}") from error
-    metric = config.eval.metric
-    if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
-        raise ConfigError(f"eval.metric={metric}: the rewards are {', '.join(reward.fn)}; null takes them combined")
+    for key, metric in _metrics(config).items():
+        if metric is not None and reward.fn and metric.split("/")[0] not in (*reward.fn, "reward"):
+            advice = "null takes them combined" if key == "eval.metric" else "reward takes them combined"
+            raise ConfigError(f"{key}={metric}: the rewards are {', '.join(reward.fn)}; {advice}")
     asked = {"mixture.gate": getattr(config.mixture.gate, "uses_demos", False), "rollout.strategy": getattr(config.rollout.strategy, "needs_demos", False)}
     for key in (key for key, asks in asked.items() if asks and config.data.demos is None):
         raise ConfigError(f"{key} asks for demonstrations but data.demos is not set: give data.demos.path=FILE")
+
+
+def _metrics(config: RunConfig) -> dict[str, str | None]:
+    """Settings that name a reward, beside the weights."""
+    found: dict[str, str | None] = {"eval.metric": config.eval.metric}
+    if config.rollout.kind == "vllm":
+        gates = {"mixture.gate": config.mixture.gate}
+        gates |= {f"mixture.gate.gates.{name}": gate for name, gate in getattr(config.mixture.gate, "gates", {}).items()}
+        for key, gate in gates.items():
+            for path, part in ((key, gate), (f"{key}.success", getattr(gate, "success", None))):
+                found[f"{path}.metric"] = getattr(part, "metric", None)
+        found["rollout.strategy.metric"] = getattr(config.rollout.strategy, "metric", None)
+    return found
 
 
 def model(config: RunConfig, scratch: Path, start_from: str | None) -> tuple[RunConfig, Any]:

@@ -15,6 +15,7 @@ OPEN = (
     "reward.fn.",
     "reward.weights.",
     "reward.combine.",
+    "reward.routes.",
     "loss.",
     "advantage.",
     "data.train.",

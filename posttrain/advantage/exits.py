@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-from posttrain.advantage.group import Chain, GroupAdvantage, _with, rewards_of
+from posttrain.advantage.group import Around, Chain, GroupAdvantage, _with, rewards_of
 from posttrain.records import Group, Rollout, Segment, Source
 
 LEARNT = (Source.policy, Source.demo, Source.prefix)
@@ -96,7 +96,7 @@ def _decayed() -> Chain:
 
 
 @dataclass(frozen=True)
-class Serial:
+class Serial(Around):
     """Every chain with its exits is a group of its own; the tokens they share are counted once.
 
     Equation: a shared token gets the mean of ``A_i`` over the members i that hold it, in the longest of them, and nothing in the others; every
@@ -140,7 +140,7 @@ class Serial:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Progress(Around):
     """What each block of a chain adds to the chance of a right answer, as forced answers tell it.
 
     Equation: ``A[t] = A_outcome + alpha (J_{j+1} - J_j)`` for a token of block j; ``J_j`` is the mean reward of the answers forced before block j,

@@ -198,6 +198,8 @@ class BatchWhiten:
         flat = [(v, n) for vs, ns in zip(values, counts, strict=True) for v, n in zip(vs, ns, strict=True) if n > 0]
         total = sum(n for _, n in flat)
         if not total:
+            if any(s.source == Source.demo for g in groups for r in g.rollouts if r.reward is not None for s in r.segments):
+                raise ValueError("BatchWhiten: over=tokens counts sampled tokens, and these answers are given ones; set advantage.over=sequences")
             return list(groups)
         mean = math.fsum(v * n for v, n in flat) / total
         variance = math.fsum(n * (v - mean) ** 2 for v, n in flat) / (total - self.ddof) if total > self.ddof else 0.0
@@ -219,16 +221,37 @@ def _value(rollout: Rollout) -> float:
     return value
 
 
+class Around:
+    """An estimator around another one, ``inner``: what that remembers is what it remembers."""
+
+    inner: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if hasattr(self.inner, "load_state_dict"):
+            self.inner.load_state_dict(state)
+
+
 @dataclass(frozen=True)
 class Chain:
-    """Estimators one after the other, in the order of the map: group-centred, then whitened over the batch, for instance."""
+    """Estimators one after the other, in the order of the map: group-centred, then whitened over the batch, for instance.
+
+    One that gives every token a number of its own stands last, or before those that only leave answers out; those that leave some out stand last of
+    all.  Raises ``ValueError`` where an answer's number would be changed behind the first, which no token would see, or given again to what the
+    others left out.
+    """
 
     steps: Mapping[str, Estimator | None]
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         out = list(groups)
-        for step in self.steps.values():
-            out = out if step is None else step(out)
+        for place, (name, step) in enumerate((n, s) for n, s in self.steps.items() if s is not None):
+            before, out = out, step(out)
+            if place:  # the first may be asked anew about groups that have been estimated
+                _unseen(name, before, out)
+                _again(name, before, out)
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,6 +261,31 @@ class Chain:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, values in state.items():
             self.steps[name].load_state_dict(values)  # type: ignore[union-attr]
+
+
+def _unseen(name: str, before: Sequence[Group], after: Sequence[Group]) -> None:
+    """Raise where a step changed the number of an answer whose tokens have, and keep, numbers of their own."""
+    for old, new in zip(before, after, strict=False):
+        placed = {r.sample_id: r for r in old.rollouts if r.placed and r.paid is not None}
+        for rollout in new.rollouts:
+            was = placed.get(rollout.sample_id)
+            if was is None or rollout.paid is not was.paid or rollout.advantage in (None, was.advantage):
+                continue
+            raise ValueError(
+                f"advantage.steps.{name} gives sample {rollout.sample_id!r} one number, and the step before has given its tokens numbers of "
+                f"their own, which would stand; put {name} first, or leave it out"
+            )
+
+
+def _again(name: str, before: Sequence[Group], after: Sequence[Group]) -> None:
+    """Raise where a step gives a number to an answer that the one before left out.  Where nothing has a number yet, nothing was left out."""
+    if all(r.advantage is None for g in before for r in g.rollouts):
+        return
+    for old, new in zip(before, after, strict=False):
+        left_out = {r.sample_id for r in old.rollouts if r.advantage is None and r.reward is not None}
+        back = [r.sample_id for r in new.rollouts if r.sample_id in left_out and r.advantage is not None]
+        if back:
+            raise ValueError(f"advantage.steps.{name} gives sample {back[0]!r} a number, which the step before has left out: put {name} first")
 
 
 def statistics(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:

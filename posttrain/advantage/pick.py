@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from posttrain.advantage.group import GroupAdvantage, _value, _variance, _with, rewards_of
+from posttrain.advantage.group import Around, GroupAdvantage, _value, _variance, _with, rewards_of
 from posttrain.records import Group, Rollout
 
 
@@ -60,6 +60,8 @@ class GreedyBaseline:
 
     Wrong when: the greedy answer is of older weights than the samples; or it is always right, or always wrong: every sample is then pushed one way.
     """
+
+    needs_greedy = True
 
     def __call__(self, groups: Sequence[Group]) -> list[Group]:
         return [self._one(group) for group in groups]
@@ -182,7 +184,7 @@ class DropRepeats:
 
 
 @dataclass(frozen=True)
-class Among:
+class Among(Around):
     """Only ``keep`` answers of a group are compared and learnt from: the shortest, or those with the most reward per token; the others leave the step.
 
     Equation: ``A_i = inner(kept answers)_i`` for the kept ones, nothing for the others.

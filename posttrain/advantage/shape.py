@@ -141,8 +141,9 @@ class TailRisk:
     """Questions in bundles, judged by how the bundle's score stands against tracked quantiles: the hard tail weighs more.
 
     Equation: with ``s`` the bundle's summed reward per sample: ``A(s) = (w CVaR + RVaR)/(w + 1)``, ``CVaR = -(q_a - s)+ / a``,
-    ``RVaR = ((s - q_a)+ - (s - q_b)+ + q_a - q_b)/(b - a)``; a question gets ``A(s)`` times its deviation over the bundle's.
-    Source: RiskPO, arXiv 2510.00911; how quantiles are tracked and credit is shared is our reading of its release.
+    ``RVaR = ((s - q_a)+ - (s - q_b)+ + q_a - q_b)/(b - a)``; a question gets ``A(s)`` over the bundle's deviation and its own.
+    Source: RiskPO, arXiv 2510.00911; deviations of samples (``ddof`` 1), counted as 1 up to 1e-3, as in its release (there the bundle's has a small
+    number added instead); how quantiles are tracked is our reading.
 
     ``bundle``: questions per bundle, in the order of the step; what fills none, or has another number of samples, gets no advantage.  ``a``, ``b``: the quantile levels.  ``w``: weight of
     the tail.  ``rate``: of the quantile tracker ``q <- q + rate (level - [s < q])``.  ``quantiles``: where they stand, the state a checkpoint keeps.
@@ -184,14 +185,14 @@ class TailRisk:
             spread = [self._deviation(each) for each in rewards]
             over = self._deviation(scores)
             for i, deviation in zip(members, spread, strict=True):
-                out[i] = _with(groups[i], [self.value(s) * deviation / over for s in scores])
+                out[i] = _with(groups[i], [self.value(s) / (deviation * over) for s in scores])
         for s in seen:
             self.quantiles = [q + self.rate * (level - (s < q)) for q, level in zip(self.quantiles, (self.a, self.b), strict=True)]
         return out
 
     @staticmethod
     def _deviation(values: Sequence[float]) -> float:
-        deviation = math.sqrt(_variance(values, 0))
+        deviation = math.sqrt(_variance(values, 1))
         return deviation if deviation > 1e-3 else 1.0
 
     def state_dict(self) -> dict[str, list[float]]:

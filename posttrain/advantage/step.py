@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from posttrain.advantage.group import Estimator, GroupAdvantage, _value, _variance, _with, rewards_of
+from posttrain.advantage.group import Around, Estimator, GroupAdvantage, _value, _variance, _with, rewards_of
 from posttrain.records import Group, Rollout
 
 
@@ -131,7 +131,7 @@ class BetaNorm:
 
 
 @dataclass(frozen=True)
-class PerReward:
+class PerReward(Around):
     """Every named reward gets its own advantage; their weighted sum is the sample's.
 
     Equation: ``A_i = sum_n w_n inner(R_n)_i``.

@@ -90,6 +90,6 @@ class InformationGain:
                 "in its group; posttrain.data.contexts makes it from groups of thoughts (mixture=before_text)"
             )
         of = plain.member & (group >= 0)
-        texts = torch.zeros_like(without).index_add(0, group[of], without[of])  # codes are fewer than sequences
+        texts = without.new_zeros(max(int(group.max()) + 1, 1)).index_add(0, group[of], without[of])  # codes are those of the whole batch
         gain = torch.where(read, with_thought - texts[group.clamp(min=0)], 0.0)
         return (gain if self.limit is None else gain.clamp(-self.limit, self.limit)), group, read

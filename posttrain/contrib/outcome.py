@@ -69,6 +69,10 @@ class ByReward:
         return frozenset().union(*(declared(t, "needs") for t in self._both))
 
     @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset().union(*(declared(t, "contexts") for t in self._both))
+
+    @property
     def coupling(self) -> str:
         return max((declared(t, "coupling") for t in self._both), key=("token", "sequence", "group", "batch").index)
 

@@ -138,7 +138,8 @@ class MarginalShare:
     Source: learning from self-sampled correct and partially-correct programs, arXiv 2205.14318.
 
     ``beta``: 1 is the marginal likelihood, towards 0 every answer counts alike; above 0.  ``length_norm``: ``s_k`` is the mean over the answer's tokens instead of their
-    sum, and so is its derivative: for ``aggregate.GroupSumTokenMean``; without it for ``aggregate.GroupSum``.  A sequence without a group is alone.
+    sum, and so is its derivative: for ``aggregate.GroupSumTokenMean``; without it for ``aggregate.GroupSum``.  A sequence without a group is alone;
+    one that nothing is learnt from has no share.
 
     Wrong when: answers are long and ``beta`` is near 1: the most probable one takes everything (watch ``effective_answers``).
     """
@@ -158,14 +159,14 @@ class MarginalShare:
 
     def _share(self, view: TokenView) -> Tensor:
         score = view.at(self.beta) * (view.seq_mean(view.logp) if self.length_norm else view.seq_sum(view.logp))
-        group = view.batch.group
+        group, here = view.batch.group, view.seq_len() > 0
         codes = torch.where(group >= 0, group, -1)
         top = torch.full((int(codes.max()) + 2 if len(codes) else 1,), -math.inf, dtype=score.dtype, device=score.device)
-        top = top.index_reduce(0, (codes + 1)[view.member], score[view.member], "amax")
+        top = top.index_reduce(0, (codes + 1)[here], score[here], "amax")
         highest = torch.where(codes >= 0, top[codes + 1], score)
-        if not bool(torch.isfinite(highest[view.member]).all()):
+        if not bool(torch.isfinite(highest[here]).all()):
             raise FloatingPointError(f"stream {view.name!r}: MarginalShare found a group whose answers are all impossible for the policy")
-        weight = torch.where(view.member, torch.exp(score - highest), 0.0)
+        weight = torch.where(here, torch.exp(score - highest), 0.0)
         return torch.where(codes >= 0, weight / view.code_sum(group, weight).clamp(min=1e-300), weight)
 
     def values(self, view: TokenView) -> Tensor:
@@ -175,8 +176,9 @@ class MarginalShare:
         """The number of answers that count, per group: exp of the entropy of the shares."""
         share, group = self._share(view), view.batch.group
         entropy = view.code_sum(group, torch.where(share > 0, -share * torch.log(share.clamp(min=1e-300)), 0.0))
-        grouped = view.member & (group >= 0)
-        size = view.code_count(group, view.member).clamp(min=1)
+        here = view.seq_len() > 0
+        grouped = here & (group >= 0)
+        size = view.code_count(group, here).clamp(min=1)
         return {"effective_answers": (float((torch.exp(entropy) / size)[grouped].sum()), float((1.0 / size)[grouped].sum()))}
 
 

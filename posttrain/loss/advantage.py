@@ -322,6 +322,10 @@ class Whiten:
         return frozenset(getattr(self.inner, "needs", ()))
 
     @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset(getattr(self.inner, "contexts", ()))
+
+    @property
     def reads_column(self) -> bool:
         return bool(getattr(self.inner, "reads_column", False))
 
@@ -367,7 +371,6 @@ class GroupCenter:
 
     inner: Any = field(default_factory=lambda: ColumnMinusKL(over="self", credit="sequence"))
     divide: Literal["none", "size", "peers"] = "peers"
-    coupling = "group"
     live = True
 
     def __post_init__(self) -> None:
@@ -377,6 +380,14 @@ class GroupCenter:
     @property
     def needs(self) -> frozenset[str]:
         return frozenset(getattr(self.inner, "needs", ()))
+
+    @property
+    def coupling(self) -> str:
+        return "batch" if getattr(self.inner, "coupling", "token") == "batch" else "group"
+
+    @property
+    def contexts(self) -> frozenset[str]:
+        return frozenset(getattr(self.inner, "contexts", ()))
 
     @property
     def reads_column(self) -> bool:

@@ -13,7 +13,7 @@ cannot change the gradient.  The *value* of the loss is comparable within a meth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -192,6 +192,7 @@ class Objective:
         for term in self._all_terms:
             if declared(term, "remembers") and not (declared(term, "coupling") == "batch" and declared(term, "live")):
                 raise ValueError(f"{type(term).__name__} remembers, so it must see whole steps: declare coupling = 'batch' and live = True")
+        self._check_memory()
         for control in self.controls.values():  # one name, two settings: an error now, not in the run
             if hasattr(control, "fits"):
                 control.fits(self)
@@ -205,6 +206,26 @@ class Objective:
         temperatures = {s.likelihood.temperature for s in self.streams.values()}
         if len(temperatures) > 1:
             raise ValueError(f"all streams share one forward, so one training temperature; these differ: {sorted(temperatures)}")
+
+    def _check_memory(self) -> None:
+        """A term is remembered by its class and its stream, and only where the objective sees it."""
+        for name, stream in self.streams.items():
+            terms = [*stream.terms.values(), *(t for t in self.regularizers.values() if _applies(t, name))]
+            kinds = [type(t).__name__ for t in terms if declared(t, "remembers")]
+            twice = [kind for kind in kinds if kinds.count(kind) > 1]
+            if twice:
+                raise ValueError(
+                    f"stream {name!r} has {twice[0]} more than once, and what they remember would be one: give them streams of their own, or "
+                    "leave one out"
+                )
+        for term in self._all_terms:
+            inner = [getattr(term, f.name) for f in fields(term)] if is_dataclass(term) else []
+            hidden = [type(t).__name__ for t in inner if is_dataclass(t) and declared(t, "remembers")]
+            if hidden and not declared(term, "remembers"):
+                raise ValueError(
+                    f"{type(term).__name__} holds {hidden[0]}, which remembers, and does not hand it on: its memory would never move; let it stand "
+                    "by itself"
+                )
 
     def _check_own_input(self) -> None:
         """Other log-probs than those of the pass that is differentiated hold where the given tokens are read."""

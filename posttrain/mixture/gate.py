@@ -153,27 +153,43 @@ class Inject:
             raise ValueError("mixture.gate.advantage is not set: give the estimator of the joint group, e.g. ${advantage}")
 
     def __call__(self, items: Sequence[Any], demos: Demos, step: int, progress: float) -> list[Any]:
-        return [self._join(item, demos, step) if isinstance(item, Group) else item for item in items]
+        """All groups of the step are estimated in one call, for an estimator may compare them; those that nothing joined stay as they were."""
+        given = {i: demo for i, item in enumerate(items) if isinstance(item, Group) and (demo := self._given(item, demos, step)) is not None}
+        if not given:
+            return list(items)
+        flat = {i for i in given if self._is_flat(items[i])}
+        places = [i for i, item in enumerate(items) if isinstance(item, Group)]
+        joint = [replace(items[i], rollouts=(*items[i].rollouts, given[i]), dropped=None) if i in given else items[i] for i in places]
+        found = dict(zip(places, self.advantage(joint), strict=True))
+        return [(_without_push(found[i]) if i in flat else found[i]) if i in given else item for i, item in enumerate(items)]
 
-    def _join(self, group: Group, demos: Demos, step: int) -> Group:
+    def _given(self, group: Group, demos: Demos, step: int) -> Rollout | None:
+        """What joins a group."""
         if group.dropped in (REPLACED, WAITS):
-            return group
+            return None
         demo = demos.one_of(group.prompt, step)
         if demo is None:
             if self.missing == "error":
                 raise ValueError(_without_demo(group))
-            return group
+            return None
         given = as_rollout(demo, self._reward(demo))
         if self.wrong == "leave" and not self.success.of(given):
-            return group
-        flat = self.solved == "mean" and self.success.count(group)[0] > 0
-        if flat:
+            return None
+        if self._is_flat(group):
             usable = [r.reward for r in group.rollouts if r.reward is not None]
             given = replace(given, reward=sum(usable) / len(usable))
-        joint = self.advantage([replace(group, rollouts=(*group.rollouts, given), dropped=None)])[0]
-        if flat:
-            joint = replace(joint, rollouts=(*joint.rollouts[:-1], replace(joint.rollouts[-1], advantage=0.0)))
-        return joint
+        return given
+
+    def _is_flat(self, group: Group) -> bool:
+        return self.solved == "mean" and self.success.count(group)[0] > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the estimator remembers: it is another one than that of the run."""
+        return self.advantage.state_dict() if hasattr(self.advantage, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if hasattr(self.advantage, "load_state_dict"):
+            self.advantage.load_state_dict(state)
 
     def _reward(self, demo: Demo) -> float:
         if not isinstance(self.reward, str):
@@ -275,6 +291,12 @@ def changes(items: Sequence[Any], out: Sequence[Any]) -> dict[str, float]:
         "mixture/injected": sum(is_given(r) for group in groups for r in group.rollouts),
     }
     return {name: float(count) for name, count in found.items()}
+
+
+def _without_push(joint: Group) -> Group:
+    """The group, whose last member, the given one, has advantage 0."""
+    *own, given = joint.rollouts
+    return replace(joint, rollouts=(*own, replace(given, advantage=0.0)))
 
 
 def _without_demo(group: Group) -> str:

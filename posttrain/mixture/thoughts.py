@@ -29,6 +29,7 @@ class BeforeText:
     close: str = "</think>"
     encode: Callable[[str], Sequence[int]] | None = None
     uses_demos = False
+    adds_text = True
 
     def __post_init__(self) -> None:
         if bool(self.open) != bool(self.close):

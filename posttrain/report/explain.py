@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.advantage import Constant, Reward
 from posttrain.config import RunConfig
 from posttrain.loss.reference import number
 from posttrain.loss.unified import Objective, Stream, declared
@@ -194,7 +195,13 @@ def settings_that_cannot_act(
             lines.append(f"loss.regularizers.{name}.coef=0 adds nothing{cost}; set loss.regularizers.{name}=null to switch it off")
     reads = any(getattr(s.advantage, "reads_column", False) for s in objective.streams.values())
     if advantage is not None and not reads:
-        lines.append("advantage: no stream of this loss reads the advantage column; set advantage=none")
+        needed = run.group_size is not None and not all(stream.paired for stream in objective.streams.values())  # it says which answers take part
+        if not needed:
+            lines.append("advantage: no stream of this loss reads the advantage column; set advantage=none")
+        elif not isinstance(advantage, (Constant, Reward)):
+            lines.append(
+                "advantage: no stream of this loss reads the advantage column; set advantage=constant, or reward to leave out answers without one"
+            )
     if advantage is not None and reads and run.group_size is not None:
         lines += _idle_in_advantage(advantage, run.group_size)
     return lines
@@ -210,6 +217,8 @@ def idle_settings(config: RunConfig) -> list[str]:
         lines.append("rollout.strategy: nothing is sampled with rollout=replay; set rollout.strategy=null")
     if not sampled and not evaluated and config.reward.fn:
         lines.append("reward: nothing is sampled and nothing is evaluated; set reward=none, or eval.at_end=true")
+    if not sampled and config.advantage is not None and config.data.kind != "lists":
+        lines.append(f"advantage: rewards are compared of sampled answers and of data.kind=lists, and data.kind is {config.data.kind}; set advantage=none")
     if not config.reward.fn and config.reward.weights:
         lines.append("reward.weights: there is no reward; choose reward=NAME")
     asked = getattr(config.mixture.gate, "uses_demos", False) or getattr(config.rollout.strategy, "needs_demos", False)
@@ -230,6 +239,10 @@ def idle_settings(config: RunConfig) -> list[str]:
     needs = config.loss.needs
     if config.model.teacher is not None and not any("teacher" in name for name in needs.references | needs.columns):
         lines.append("model.teacher: nothing in this loss compares with a teacher; set model.teacher=null")
+    if config.model.base is not None and not any("base" in name for name in needs.references | needs.columns):
+        lines.append("model.base: nothing in this loss compares with a base; set model.base=null")
+    if learner.base_mix != 1 and not learner.base_every:
+        lines.append(f"learner.base_mix={learner.base_mix:g}: learner.base_every=0 never moves the base; set learner.base_every")
     if config.model.path is not None and config.model.tiny is not None:
         lines.append("model.tiny: model.path is set, so nothing is created on the spot")
     return lines

@@ -223,6 +223,7 @@ class WithGreedy(Around):
     """
 
     inner: Any = field(default_factory=Fixed)
+    adds_greedy = True
 
     def bound(self, n: int) -> WithGreedy:
         return replace(self, inner=self.inner.bound(n))

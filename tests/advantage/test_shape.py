@@ -91,8 +91,8 @@ def test_tail_risk_of_a_bundle() -> None:
     made = [group(*r, name=str(i)) for i, r in enumerate([(1.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (1.0, 0.0)])]
     term = TailRisk()
     found = values(term, *made)
-    over = 1.5  # scores 4 and 1
-    assert found[:2] == pytest.approx([0.0, -2.0 * 0.5 / over]) and found[4:6] == pytest.approx([0.0, -2.0 / over]), (
+    over, own = 3 / 2**0.5, 0.5**0.5  # scores 4 and 1, rewards 1 and 0
+    assert found[:2] == pytest.approx([0.0, -2.0 / over / own]) and found[4:6] == pytest.approx([0.0, -2.0 / over]), (
         "a question without spread counts 1"
     )
     assert found[10:] == [None, None], "the rest fills no bundle"

@@ -13,13 +13,13 @@ from typing import Any
 
 NAMES = (
     "coupling", "live", "needs", "contexts", "remembers", "head", "reads_column", "constant", "column", "sign",
-    "uses_demos", "makes_pairs", "makes_demos", "separate_step", "needs_group", "needs_exits", "needs_continuations",
+    "uses_demos", "makes_pairs", "makes_demos", "separate_step", "needs_group", "needs_exits", "needs_greedy", "needs_continuations", "adds_text",
 )  # fmt: skip
 DECLARED: dict[str, dict[str, Any]] = {
     "loss.advantage.Column": {"reads_column": True},
     "loss.advantage.ColumnMinusKL": {"coupling": "sequence", "reads_column": True},
     "loss.advantage.GeneralizedAdvantage": {"coupling": "sequence"},
-    "loss.advantage.GroupCenter": {"coupling": "group", "live": True},
+    "loss.advantage.GroupCenter": {"live": True},
     "loss.advantage.Listwise": {"coupling": "group", "live": True},
     "loss.advantage.One": {"constant": True},
     "loss.advantage.Pairwise": {"coupling": "group", "live": True},
@@ -47,6 +47,7 @@ DECLARED: dict[str, dict[str, Any]] = {
     "advantage.pick.Among": {"needs_group": True},
     "advantage.pick.BestMinusSecond": {"needs_group": True},
     "advantage.pick.Extremes": {"needs_group": True},
+    "advantage.pick.GreedyBaseline": {"needs_greedy": True},
     "advantage.plain.FreeBaseline": {"needs_group": True},
     "mixture.buffer.Buffer": {"uses_demos": True, "separate_step": True},
     "mixture.context.Corrupt": {"uses_demos": False},
@@ -61,7 +62,7 @@ DECLARED: dict[str, dict[str, Any]] = {
     "mixture.route.RightOnly": {"uses_demos": True},
     "mixture.steps.FirstBadStep": {"uses_demos": False, "makes_pairs": True, "needs_continuations": True},
     "mixture.tagged.OutcomeTag": {"uses_demos": False, "makes_demos": True},
-    "mixture.thoughts.BeforeText": {"uses_demos": False},
+    "mixture.thoughts.BeforeText": {"uses_demos": False, "adds_text": True},
     "mixture.turns.WithoutCritique": {"uses_demos": False, "makes_demos": True},
 }
 

@@ -303,7 +303,7 @@ def test_without_places_the_last_sampled_token_is_paid() -> None:
 
 
 def test_a_deviation_of_a_thousandth_is_none() -> None:
-    assert TailRisk._deviation([0.0, 0.002]) == 1.0 and TailRisk._deviation([0.0, 0.0022]) == pytest.approx(0.0011)
+    assert TailRisk._deviation([0.0, 0.001, 0.002]) == 1.0 and TailRisk._deviation([0.0, 0.0011, 0.0022]) == pytest.approx(0.0011)
 
 
 @pytest.mark.parametrize("gate", [PassThrough(), Add(0), BestWorst(), Rejection(), Feasible({"honest": 0.5}), WithoutCritique(), Corrupt(9, 0.1), InTurn({})])

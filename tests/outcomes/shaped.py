@@ -415,8 +415,9 @@ CLAIMS = (
         "BANDIT, five prompts of different difficulty in a bundle, when 0.6 are right on average",
         "success on the hardest",
         tail,
-        "not decided",
+        "does not hold",
         seeds=4,
+        note="A question's credit is over the deviation of its rewards, as in the release's maths run.",
     ),
     Claim(
         "length as a by-product of lambda",

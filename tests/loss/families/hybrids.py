@@ -286,9 +286,10 @@ def openchat(seqs: list[Sequence], by_sum: bool = True) -> Tensor:
 
 
 def multi_target(seqs: list[Sequence], beta: float = 0.25, by_mean: bool = False) -> Tensor:
-    """arXiv 2205.14318: ``(1/beta) log sum_k exp(beta s_k)`` per prompt."""
+    """arXiv 2205.14318: ``(1/beta) log sum_k exp(beta s_k)`` per prompt, over the answers that hold something to learn."""
     every = [s for s in seqs if "question" in s]
     questions = sorted({s["question"] for s in every})
+    every = [s for s in every if learnt(s, "policy") or learnt(s, "demo")]
     scores = {
         q: [total([s["l"][t] for kind in ("policy", "demo") for t in learnt(s, kind)]) for s in every if s["question"] == q]
         for q in questions
@@ -298,7 +299,7 @@ def multi_target(seqs: list[Sequence], beta: float = 0.25, by_mean: bool = False
         scores = {q: [x / max(n, 1) for x, n in zip(scores[q], counts[q], strict=True)] for q in questions}
     if beta == 0:
         return mean([mean(scores[q]) for q in questions])
-    return mean([torch.logsumexp(beta * torch.stack(scores[q]), 0) / beta for q in questions])
+    return total([torch.logsumexp(beta * torch.stack(scores[q]), 0) / beta for q in questions if scores[q]]) / len(questions)
 
 
 def loss_softmax(seqs: list[Sequence], f: Callable[[Tensor], Tensor], temperature: float = 1.0, detached: bool = True) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -515,10 +516,11 @@ def placed_by_answer(seqs: Seqs) -> Tensor:
 
 
 def tail_risk(seqs: Seqs, s: Sequence, w: float = 1.5) -> float:
-    """Bundles of one question, against quantiles of 0.25 and 0.8."""
-    x = s["reward"]
+    """Bundles of one question, against quantiles of 0.25 and 0.8: the bundle's deviation is the question's, and both divide."""
+    x, group = s["reward"], rewards(seqs, s)
     tail, middle = -max(0.25 - x, 0.0) / 0.2, (max(x - 0.25, 0.0) - max(x - 0.8, 0.0) + 0.25 - 0.8) / 0.6
-    return (w * tail + middle) / (w + 1)
+    spread = statistics.stdev(group) if len(group) > 1 else 0.0
+    return (w * tail + middle) / (w + 1) / (spread**2 if spread > 1e-3 else 1.0)
 
 
 def fresh_tail(groups: list[Group]) -> list[Group]:
