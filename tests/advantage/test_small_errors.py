@@ -269,10 +269,11 @@ def test_a_direction_is_told_in_the_order_of_its_names() -> None:
 
 
 def test_a_question_with_a_failed_answer_fills_no_bundle() -> None:
-    """The bundle is made of the first and the last question: scores 2 and 0, which deviate by 1, and A(2) = -4/3, A(0) = -5."""
+    """The bundle is made of the first and the last question: scores 2 and 0, which deviate by sqrt 2, rewards 1 and 0, which
+    deviate by 1 over it, and A(2) = -4/3, A(0) = -5."""
     term = TailRisk(bundle=2)
     found = values(term, group(1.0, 0.0), group(1.0, None, name="r"), group(None, None, name="s"), group(1.0, 0.0, name="t"))
-    assert found[:2] == found[6:] == pytest.approx([-2 / 3, -5 / 2]) and found[2:6] == [None] * 4
+    assert found[:2] == found[6:] == pytest.approx([-4 / 3, -5.0]) and found[2:6] == [None] * 4
     assert values(TailRisk(bundle=1), group(None, 1.0)) == [None, None]
 
 
@@ -282,10 +283,10 @@ def test_questions_of_different_size_fill_no_bundle() -> None:
 
 
 def test_a_spread_of_a_thousandth_is_none() -> None:
-    """Two questions; the first deviates by 0.0015, which is a spread, or by 0.001, which counts 1; the other by 1/2.  A(0) = -5."""
-    for reward, deviation in ((0.003, 0.0015), (0.002, 1.0)):
+    """Two questions; the first deviates by 0.003 / sqrt 2, which is a spread, or by less than 0.001, which counts 1.  A(0) = -5."""
+    for reward, deviation in ((0.003, 0.003 / math.sqrt(2)), (0.0014, 1.0)):
         found = values(TailRisk(bundle=2), group(0.0, reward), group(0.0, 1.0, name="r"))
-        assert found[0] == pytest.approx(-5 * deviation / ((1.0 + reward) / 2))
+        assert found[0] == pytest.approx(-5 / (deviation * (1.0 + reward) / math.sqrt(2)))
 
 
 # -- several groups ---------------------------------------------------------------------------------------------------------------------
