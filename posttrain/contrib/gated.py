@@ -77,7 +77,7 @@ class GatedKL:
 
     def metrics(self, view: TokenView) -> Metrics:
         """The step's own KL, the running one, the gate, and the mean reward, for a controller to follow."""
-        reward = view.batch.rewards.get("reward", torch.full((view.num_sequences,), torch.nan))
+        reward = view.batch.rewards.get("reward", torch.full_like(view.seq_len(), torch.nan))
         known = view.member & torch.isfinite(reward)
         return {
             "drift": (float(view.log_ratio(self.to, level="token").sum()), float(view.on.sum())),

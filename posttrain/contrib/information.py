@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.loss.view import Metrics, TokenView
+from posttrain.loss.view import Metrics, TokenView, sum_by_code
 from posttrain.records import Source
 
 PLAIN = "without_thought"
@@ -90,6 +90,5 @@ class InformationGain:
                 "in its group; posttrain.data.contexts makes it from groups of thoughts (mixture=before_text)"
             )
         of = plain.member & (group >= 0)
-        texts = without.new_zeros(max(int(group.max()) + 1, 1)).index_add(0, group[of], without[of])  # codes are those of the whole batch
-        gain = torch.where(read, with_thought - texts[group.clamp(min=0)], 0.0)
+        gain = torch.where(read, with_thought - sum_by_code(group, without, of), 0.0)
         return (gain if self.limit is None else gain.clamp(-self.limit, self.limit)), group, read

@@ -160,14 +160,11 @@ class MarginalShare:
     def _share(self, view: TokenView) -> Tensor:
         score = view.at(self.beta) * (view.seq_mean(view.logp) if self.length_norm else view.seq_sum(view.logp))
         group, here = view.batch.group, view.seq_len() > 0
-        codes = torch.where(group >= 0, group, -1)
-        top = torch.full((int(codes.max()) + 2 if len(codes) else 1,), -math.inf, dtype=score.dtype, device=score.device)
-        top = top.index_reduce(0, (codes + 1)[here], score[here], "amax")
-        highest = torch.where(codes >= 0, top[codes + 1], score)
+        highest = torch.where(group >= 0, view.code_max(group, torch.where(here, score, -math.inf)), score)
         if not bool(torch.isfinite(highest[here]).all()):
             raise FloatingPointError(f"stream {view.name!r}: MarginalShare found a group whose answers are all impossible for the policy")
         weight = torch.where(here, torch.exp(score - highest), 0.0)
-        return torch.where(codes >= 0, weight / view.code_sum(group, weight).clamp(min=1e-300), weight)
+        return torch.where(group >= 0, weight / view.code_sum(group, weight).clamp(min=1e-300), weight)
 
     def values(self, view: TokenView) -> Tensor:
         return view.spread(self._share(view))

@@ -38,7 +38,7 @@ class FirstAccepted:
     def _route(self, group: Group, demos: Demos) -> list[Any]:
         right = next((i for i, r in enumerate(group.rollouts) if self.success.of(r)), None)
         if right is not None:
-            rollouts = tuple(replace(r, advantage=1.0 if i == right else None) for i, r in enumerate(group.rollouts))
+            rollouts = tuple(replace(r, advantage=1.0 if i == right else None, placed=False) for i, r in enumerate(group.rollouts))
             return [replace(group, rollouts=rollouts)]
         given = sorted(demos.of(group.prompt), key=self._rank)[:1]
         return [replace(group, dropped=REPLACED if given else "nothing_accepted"), *given]
@@ -73,7 +73,7 @@ class RightOnly:
             ids = tuple(i for s in rollout.segments for i in s.ids)
             counts = right and (self.repeats or ids not in seen)
             seen.update([ids] if right else [])
-            return replace(rollout, advantage=1.0 if counts else None)
+            return replace(rollout, advantage=1.0 if counts else None, placed=False)
 
         given = [judged(as_rollout(demo), True) for demo in demos.of(group.prompt)]
         own = [judged(r, bool(self.success.of(r))) for r in group.rollouts]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from posttrain.data.rows import to_rows
 from posttrain.learner.lookahead import slope
 from posttrain.mixture.buffer import Buffer
 from posttrain.mixture.context import Corrupt
@@ -18,7 +19,7 @@ from posttrain.mixture.feasible import Feasible
 from posttrain.mixture.gate import Add, Inject, InTurn, PassThrough, Unsolved, answer_of, changes
 from posttrain.mixture.pairs import BestWorst, GivenAgainstSampled, as_demo
 from posttrain.mixture.rejection import Rejection
-from posttrain.mixture.route import FirstAccepted
+from posttrain.mixture.route import FirstAccepted, RightOnly
 from posttrain.mixture.schedule import Cosine, Linear, WarmupCosine
 from posttrain.mixture.steps import FirstBadStep
 from posttrain.mixture.tagged import OutcomeTag
@@ -418,3 +419,11 @@ def test_of_three_answers_the_last_is_learnt_and_the_last_critique() -> None:
     for turns in (2, 4):
         (out,) = WithoutCritique()([Group(asked, (replace(one, segments=tuple(said[:turns])),))], Demos(), 0, 0.0)
         assert out.dropped == "no_second_answer" and out.rollouts[0].segments == tuple(said[:turns]), "the last critique was never answered"
+
+
+@pytest.mark.parametrize("gate", [FirstAccepted(), RightOnly()])
+def test_an_answer_that_counts_1_counts_it_on_every_token(gate: Any) -> None:
+    """What an estimator gave each of its tokens stands no more."""
+    whole = group("a", 1.0, 0.0)
+    whole = replace(whole, rollouts=tuple(replace(r, paid=(0.25, 0.75), placed=True) for r in whole.rollouts))
+    assert [row.advantage for row in to_rows(gate([whole], Demos(), 0, 0.0))] == [1.0]
