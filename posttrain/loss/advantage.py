@@ -406,9 +406,8 @@ class GroupCenter:
             raise ValueError(f"stream {view.name!r}: advantage.GroupCenter compares the answers of a group; sample {sample!r} is in none")
         each = torch.where(here, view.seq_mean(self.inner.values(view)), 0.0)
         count = view.code_count(group, here).to(each.dtype)
-        centred = each - view.code_sum(group, each) / count.clamp(min=1)
-        centred = centred / {"none": torch.ones_like(count), "size": count, "peers": count - 1}[self.divide].clamp(min=1)
-        return view.spread(centred)
+        centred = each - view.code_sum(group, each) / count
+        return view.spread(centred / {"none": 1.0, "size": count, "peers": (count - 1).clamp(min=1)}[self.divide])
 
     def metrics(self, view: TokenView) -> Metrics:
         return self.inner.metrics(view) if hasattr(self.inner, "metrics") else {}

@@ -70,6 +70,7 @@ def test_a_thought_without_words_behind_it_has_no_part_in_the_mean_of_its_group(
         (advantage.Whiten(), True, "batch", True),
         (advantage.GroupCenter(inner=advantage.LogRatio()), True, "group", False),
         (advantage.GroupCenter(), True, "group", True),
+        (advantage.GroupCenter(inner=advantage.Whiten()), True, "batch", True),
     ],
 )
 def test_what_an_advantage_declares_follows_from_what_it_reads(term: Any, live: bool, coupling: str, column: bool) -> None:
