@@ -45,7 +45,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENT = ROOT / "scripts" / "mutants_equivalent.txt"
 COPIED = ("posttrain", "kernels", "configs", "recipes", "docs", "tests", "pyproject.toml")
 PAGES = ["tests/report/test_terms_doc.py", "tests/report/test_methods_doc.py"]
-MATHS = ["tests/loss", *PAGES, "tests/contract/test_terms.py", "tests/contract/test_slicing.py", "tests/contract/test_contrib.py"]
+CONTRACT = [f"tests/contract/test_{name}.py" for name in ("terms", "slicing", "contrib", "nothing_is_ignored")]
+MATHS = ["tests/loss", *PAGES, *CONTRACT]
 TESTS = {
     "posttrain/loss": [*MATHS, "tests/mixture"],
     "posttrain/advantage": ["tests/advantage", "tests/mixture/test_edges.py", "tests/mixture/test_left_out.py", "tests/mixture/test_declared.py", *MATHS],

@@ -856,7 +856,7 @@ class Listwise:
                 sample = view.batch.sample_ids[int(alone.nonzero()[0])]
                 raise ValueError(f"stream {view.name!r}: advantage.Listwise compares the answers of a group; sample {sample!r} is in none")
             reward = reward_column(view, self.of, view.member, "advantage.Listwise.of")
-        count = view.code_count(codes, view.member).clamp(min=1).to(reward.dtype)
+        count = view.code_count(codes, view.member).clamp(min=1)
         if self.temperature:
             log_target = self._log_softmax(view, codes, reward / self.temperature)
         else:

@@ -168,7 +168,7 @@ class GroupMeanTokenMean:
                 f"stream {view.name!r}: aggregate.GroupMeanTokenMean needs a group on every sequence; sample {sample!r} has none"
             )
         tokens = view.code_sum(group, length).clamp(min=1)
-        return view.spread(1.0 / (max(view.totals.groups, 1) * tokens))
+        return view.spread(1.0 / (view.totals.groups * tokens))
 
 
 @dataclass(frozen=True)

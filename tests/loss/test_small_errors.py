@@ -93,6 +93,21 @@ def test_whitening_counts_answers_of_any_length_once() -> None:
     assert goal.weights(data).tolist() == pytest.approx([2 / math.sqrt(8), *[-2 / math.sqrt(8)] * 3])
 
 
+@pytest.mark.parametrize("kind", [advantage.Pointwise, advantage.Listwise, advantage.Pairwise])
+def test_scores_against_another_policy_need_it(kind: Any) -> None:
+    assert declared(kind(), "needs") == {"base"} and declared(kind(to="old"), "needs") == {"old"} and declared(kind(score="logp_sum"), "needs") == frozenset()
+
+
+def test_a_list_says_what_it_is_over() -> None:
+    assert advantage.Listwise().formula.endswith("over the group]") and advantage.Listwise(of="side").formula.endswith("over the pair]")
+
+
+def test_the_best_three_share_a_hard_target_to_the_last_digit() -> None:
+    goal = objective(advantage=advantage.Listwise(f="noise_contrastive", temperature=0.0, beta=1.0), aggregation=aggregate.GroupSum())
+    data = batch(*(row(-1.0, group="a", rewards={"reward": 1.0}) for _ in range(3)))
+    assert goal.weights(data).tolist() == pytest.approx([(1 / 3) * 0.5 - 0.5 / 3] * 3, abs=1e-12)
+
+
 def test_a_step_of_one_token_is_white() -> None:
     assert objective(advantage=advantage.Whiten()).weights(batch(row(-1.0, advantage=7.0))).tolist() == [0.0]
 
@@ -129,6 +144,10 @@ def test_a_power_is_flat_beyond_its_limit_and_not_at_it() -> None:
 def test_lists_and_labels_take_the_aggregation_of_their_score() -> None:
     with pytest.raises(ValueError, match=r"advantage\.Listwise: score=log_ratio_sum is a sum over tokens, but PairTokenMean takes their mean"):
         objective(advantage=advantage.Listwise(), aggregation=aggregate.PairTokenMean())
+    with pytest.raises(ValueError, match="compares answers, but the stream has side=chosen: it would never see the other"):
+        objective(advantage=advantage.Listwise(), side="chosen")
+    with pytest.raises(ValueError, match=r"beta=2\.0 is on the scale of a mean over tokens"):
+        advantage.Listwise(beta=2.0)
     with pytest.raises(ValueError, match=r"advantage\.Pointwise: score=log_ratio_sum is a sum over tokens, but SequenceMeanTokenMean takes their mean"):
         objective(advantage=advantage.Pointwise(), aggregation=aggregate.SequenceMeanTokenMean())
 
@@ -239,6 +258,25 @@ def test_one_answer_alone_and_none_at_all(name: str) -> None:
     assert goal.weights(batch(row(-1.0, -1.0, -1.0, **mine))).tolist() == pytest.approx(expected)
     assert goal.weights(batch(row(-1.0, **mine))).tolist() == pytest.approx([0.25 if isinstance(aggregation, aggregate.Constant) else 1.0])
     assert goal.weights(batch(row(-1.0, sources=["prompt", "policy"], **mine))).tolist() == [0.0]
+
+
+def test_what_belongs_to_nothing_that_is_counted_counts_one() -> None:
+    """An answer of two tokens in no group and no pair."""
+    for aggregation, expected in ((aggregate.GroupSumTokenMean(), 0.5), (aggregate.PairTokenMean(), 0.5), (aggregate.GroupSum(), 1.0), (aggregate.PairSum(), 1.0)):
+        assert objective(aggregation=aggregation).weights(batch(row(-1.0, -1.0))).tolist() == [expected] * 2
+
+
+@pytest.mark.parametrize("aggregation", [aggregate.TokenMean("weight_sum"), aggregate.SequenceMeanTokenMean("weight_sum")])
+def test_answers_of_no_weight_are_not_regularised_either(aggregation: Any) -> None:
+    class Two:
+        coef = 1.0
+
+        def gradient(self, view: Any) -> torch.Tensor:
+            return torch.full_like(view.logp, 2.0)
+
+    goal = Objective({"s": objective(aggregation=aggregation).streams["s"]}, {"two": Two()})
+    assert goal.weights(batch(row(-1.0, -1.0, weight=0.0))).tolist() == [0.0, 0.0]
+    assert goal.weights(batch(row(-1.0, -1.0, weight=0.0), row(-1.0, weight=1.0))).tolist()[-1] == 1.0 - 2.0
 
 
 def test_each_token_of_two_answers_of_a_group_counts_the_same() -> None:
@@ -400,6 +438,7 @@ def test_what_needs_the_tokens_as_they_were_given_refuses_other_inputs() -> None
 
 
 def test_nothing_of_a_plain_objective_is_live_or_coupled() -> None:
+    assert (objective(likelihood=likelihood.Score(at="marked")).needs.at, objective(likelihood=likelihood.Score()).needs.head) == ("marked", "scalar")
     needs = objective().needs
     assert (needs.live, needs.coupling, needs.keep_whole, needs.head, needs.temperature, needs.own_input) == (False, "token", None, "lm", 1.0, False)
     assert needs.references == needs.columns == needs.contexts == frozenset()
@@ -425,6 +464,14 @@ def test_a_regulariser_remembers_the_streams_it_acts_on() -> None:
     assert goal.memory_for_parts(memory) == {"elsewhere": 3.0, "b/One.more": 1.0}, "terms that remember nothing keep nothing to be left out"
     assert goal.weights(data).tolist() == [1.0] * 3 and goal.weights(data.replace(memory=memory)).tolist() == [-1.0, -1.0, 1.0]
     assert goal.remember(data.replace(memory=memory))["a/Counts.tokens"] == 4.0
+
+    class Others(Counts):
+        streams = ("b",)
+
+    Others.__name__ = "Counts"
+    assert Objective(goal.streams, {"a": Counts(), "b": Others()}).remembers
+    with pytest.raises(ValueError, match="stream 'a' has Counts more than once, and what they remember would be one"):
+        Objective(goal.streams, {"a": Counts(), "b": Counts()})
 
 
 def test_an_infinite_ratio_that_is_masked_or_worth_nothing_weighs_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Claims somebody tried to prove false, and did: each of these once failed."""
+"""What was once taken without a word and did nothing, or something else: settings, state, and parts of a step that were left out."""
 
 from __future__ import annotations
 
