@@ -457,11 +457,17 @@ def test_a_regulariser_remembers_the_streams_it_acts_on() -> None:
         def remember(self, view: Any) -> dict[str, float]:
             return {"tokens": view.recall(self, "tokens") + float(view.on.sum())}
 
-    goal = Objective({name: objective(source=[s]).streams["s"] for name, s in (("a", "demo"), ("b", "policy"))}, {"r": Counts()})
-    data = batch(row(-1.0, -1.0), row(-1.0, sources=["prompt", "policy"])).replace(memory={"elsewhere": 3.0, "b/One.more": 1.0})
+    class Still:
+        coef = 0.0
+
+        def gradient(self, view: Any) -> torch.Tensor:
+            return torch.ones_like(view.logp)
+
+    goal = Objective({name: objective(source=[s]).streams["s"] for name, s in (("a", "demo"), ("b", "policy"))}, {"r": Counts(), "still": Still()})
+    data = batch(row(-1.0, -1.0), row(-1.0, sources=["prompt", "policy"])).replace(memory=(others := {"elsewhere": 3.0, "b/One.more": 1.0, "a/Still.more": 2.0}))
     memory = goal.remember(data)
-    assert goal.remembers and memory == {"elsewhere": 3.0, "b/One.more": 1.0, "a/Counts.tokens": 2.0}
-    assert goal.memory_for_parts(memory) == {"elsewhere": 3.0, "b/One.more": 1.0}, "terms that remember nothing keep nothing to be left out"
+    assert goal.remembers and memory == {**others, "a/Counts.tokens": 2.0}
+    assert goal.memory_for_parts(memory) == others, "terms that remember nothing keep nothing to be left out"
     assert goal.weights(data).tolist() == [1.0] * 3 and goal.weights(data.replace(memory=memory)).tolist() == [-1.0, -1.0, 1.0]
     assert goal.remember(data.replace(memory=memory))["a/Counts.tokens"] == 4.0
 
