@@ -374,3 +374,10 @@ def test_before_the_first_exit_nothing_is_paid() -> None:
 
 def test_the_values_of_a_chain_stand_in_its_order() -> None:
     assert exit_values(blocks((4, 0.5), (0, 0.25))) == [(0, 0.25), (4, 0.5), (5, 1.0)]
+
+
+def test_what_tokens_earned_and_nobody_placed_hinders_no_chain() -> None:
+    """Rewards of pieces stand beside an answer that is judged as a whole."""
+    made = with_members(group(1.0, 0.0), {"paid": (0.75, 0.25)}, {"paid": (0.0, 0.0)})
+    found = Chain({"center": CENTER, "white": BatchWhiten(over="sequences", eps=0.0)})([made])[0]
+    assert advantages(found) == [1.0, -1.0] and not any(r.placed for r in found.rollouts)

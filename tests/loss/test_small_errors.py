@@ -526,3 +526,10 @@ def test_no_tokens_have_no_sums() -> None:
     empty = torch.zeros(0, dtype=torch.float64)
     view = objective().views(batch(), empty)["s"]
     assert view.discounted(empty).shape == view.running(empty).shape == view.following(empty).shape == (0,)
+
+
+def test_a_regulariser_asks_for_its_column() -> None:
+    goal = Objective(objective().streams, {"r": Column("entropy")})
+    for given, got in ((None, "none"), ({}, "none"), ({"other": torch.zeros(1)}, r"\['other'\]")):
+        with pytest.raises(ValueError, match=f"regulariser 'r' needs the column 'entropy' from the forward; got {got}"):
+            goal(batch(row(-1.0)), columns=given)
