@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from posttrain.advantage import GroupAdvantage, RunningBaseline
 from posttrain.data.rows import to_rows
 from posttrain.learner.lookahead import slope
 from posttrain.mixture.buffer import Buffer
@@ -427,3 +428,26 @@ def test_an_answer_that_counts_1_counts_it_on_every_token(gate: Any) -> None:
     whole = group("a", 1.0, 0.0)
     whole = replace(whole, rollouts=tuple(replace(r, paid=(0.25, 0.75), placed=True) for r in whole.rollouts))
     assert [row.advantage for row in to_rows(gate([whole], Demos(), 0, 0.0))] == [1.0]
+
+
+def test_what_nothing_joins_is_a_list_of_its_own() -> None:
+    items = [group("a", 1.0, 0.0)]
+    out = Inject(GroupAdvantage(), missing="keep")(items, Demos(), 0, 0.0)
+    assert out == items and out is not items
+
+
+def test_an_estimator_of_joint_groups_hands_back_all_of_them() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        Inject(lambda groups: groups[1:])([group("a", 0.0), group("b", 0.0)], shelf_of("a", "b"), 0, 0.0)  # type: ignore[arg-type]
+
+
+def test_what_the_estimator_of_joint_groups_remembers_is_kept_over_a_restart() -> None:
+    gate = Inject(RunningBaseline())
+    gate([group("a", 0.0, 1.0)], shelf_of("a"), 0, 0.0)
+    state = gate.state_dict()
+    again = Inject(RunningBaseline())
+    again.load_state_dict(state)
+    assert state and again.state_dict() == state != Inject(RunningBaseline()).state_dict()
+    plain = Inject(GroupAdvantage(), reward=1.0)
+    plain.load_state_dict({})
+    assert plain.state_dict() == {}
