@@ -451,3 +451,11 @@ def test_what_the_estimator_of_joint_groups_remembers_is_kept_over_a_restart() -
     plain = Inject(GroupAdvantage(), reward=1.0)
     plain.load_state_dict({})
     assert plain.state_dict() == {}
+
+
+def test_what_is_looked_ahead_for_is_a_stream_of_the_objective() -> None:
+    from posttrain.loss import Objective, Stream, advantage, aggregate, likelihood, reference
+
+    stream = Stream(("policy",), likelihood.Token(), reference.Current(), advantage.Column(), aggregate.TokenMean(), coef=LookAhead("mu"))
+    with pytest.raises(ValueError, match="controller 'mu': there is no stream utility='rollouts'; the objective has samples"):
+        Objective({"samples": stream})
