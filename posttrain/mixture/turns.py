@@ -53,7 +53,7 @@ class WithoutCritique:
                 learnt.append(replace(rollout, advantage=None))
                 continue
             own = tuple(replace(s, source=Source.demo, logprobs=None, version=None, turn=0) for s in parts[2])
-            learnt.append(replace(rollout, segments=own, routing=None, advantage=value - baseline, paid=None, placed=False))
+            learnt.append(replace(rollout, segments=own, routing=None, advantage=value - baseline, paid=None))
             if self.critiques:
                 texts.append(_critique(rollout, *parts[:2]))
         return tuple(learnt), texts
