@@ -381,3 +381,13 @@ def test_what_tokens_earned_and_nobody_placed_hinders_no_chain() -> None:
     made = with_members(group(1.0, 0.0), {"paid": (0.75, 0.25)}, {"paid": (0.0, 0.0)})
     found = Chain({"center": CENTER, "white": BatchWhiten(over="sequences", eps=0.0)})([made])[0]
     assert advantages(found) == [1.0, -1.0] and not any(r.placed for r in found.rollouts)
+
+
+def test_given_answers_that_were_scored_have_no_sampled_tokens_to_count() -> None:
+    """Whether they have an advantage yet or not; what nobody scored is not looked at."""
+    given = (Segment((5, 6), Source.demo),)
+    told = with_members(group(1.0, 0.0), {"segments": given, "advantage": None}, {"segments": given, "advantage": None})
+    with pytest.raises(ValueError, match=r"BatchWhiten: over=tokens counts sampled tokens, and these answers are given ones; set advantage\.over=sequences"):
+        BatchWhiten()([told])
+    unscored = with_members(told, {"reward": None, "advantage": 1.0}, {"reward": None, "advantage": 1.0})
+    assert BatchWhiten()([unscored]) == [unscored]
